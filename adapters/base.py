@@ -1,0 +1,132 @@
+"""The contract between Wove and a backend: submit a payload, and little else."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from wove.threads import DaemonPool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from wove.frames import Frame
+
+#: Threads for one adapter's blocking calls: one that hangs does not stop the others.
+BLOCKING_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class BackendState:
+    """What a backend knows of a run.
+
+    ``state`` is ``queued``, ``running``, ``done``, ``failed``, ``gone`` (the backend has
+    no trace of it) or ``unknown``; ``detail`` is the backend's own word.
+    """
+
+    state: str
+    detail: str = ""
+
+
+class BackendAdapter(ABC):
+    """Submits payloads to a backend.
+
+    Only :meth:`submit` has to be implemented. All methods are called in an event loop of
+    the environment's own thread, under a deadline: an adapter that blocks delays only its
+    own environment, and one that hangs does not keep a run from its timeout. For blocking
+    client libraries use :meth:`blocking`.
+
+    Args:
+        name: the environment's name.
+        config: its ``executor_config``.
+        callback_url: where workers report to; it is part of every payload already.
+        run_config: the runtime's ``run_config``.
+    """
+
+    #: Modules that must be importable before anything is submitted.
+    required_modules: ClassVar[tuple[str, ...]] = ()
+    #: The command that installs them.
+    install_hint: ClassVar[str] = ""
+    #: ``executor_config`` keys of this adapter, beside those every adapter shares. None: any.
+    config_keys: ClassVar[tuple[str, ...] | None] = None
+
+    def __init__(
+        self, *, name: str, config: Mapping[str, Any], callback_url: str, run_config: Mapping[str, Any]
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.callback_url = callback_url
+        self.run_config = run_config
+        self._blocking: DaemonPool | None = None
+
+    async def start(self) -> None:
+        """Connect, check the configuration. Called once, before anything else.
+
+        Raises:
+            ConfigurationError: an unusable setting, named together with the mend.
+        """
+
+    @abstractmethod
+    async def submit(self, payload: bytes, frame: Frame) -> Any:
+        """Hand one payload to the backend.
+
+        Args:
+            payload: signed bytes, to be given unchanged to ``wove.worker.run`` there.
+            frame: the ``run_task`` frame: ``run_id``, ``task_id``, ``delivery`` and, for a
+                backend that can call a URL when a job fails, ``failure_webhook``
+                (``url``, ``token``).
+
+        Returns:
+            Whatever :meth:`cancel` needs to find the job again.
+
+        Raises:
+            Exception: the backend did not accept the payload. Not idempotent: Wove calls
+                it once per attempt. Use the run id as the job's id where the backend
+                can, so that a repeated submission is recognised.
+        """
+
+    async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        """Hand several payloads over together, in order.
+
+        Returns:
+            For each, its submission or the exception that refused it.
+        """
+        results: list[Any] = []
+        for payload, frame in batch:
+            try:
+                results.append(await self.submit(payload, frame))
+            except Exception as exc:
+                results.append(exc)
+        return results
+
+    async def cancel(self, run_id: str, submission: Any, frame: Frame) -> bool:
+        """Keep a queued run from starting, and stop a running one where that is configured.
+
+        Idempotent; may be called for a run that has ended. Running tasks are told over
+        the callback server besides.
+
+        Returns:
+            True only when the run surely never starts, now or later.
+        """
+        return False
+
+    async def probe(self, run_ids: Sequence[str]) -> dict[str, BackendState]:
+        """Say what the backend knows of runs. Idempotent; unknown ones may be left out."""
+        return {}
+
+    async def close(self) -> None:
+        """Release what :meth:`start` took, and nothing that belongs to the user. Idempotent."""
+
+    async def blocking(self, func: Callable[..., Any], *args: Any) -> Any:
+        """Run a blocking call in a thread and return its result."""
+        if self._blocking is None:
+            self._blocking = DaemonPool(BLOCKING_THREADS, f"wove-adapter-{self.name}")
+        return await asyncio.wrap_future(self._blocking.submit(func, *args))
+
+    def release_threads(self) -> None:
+        """Let the threads of :meth:`blocking` end. Called after :meth:`close`."""
+        if self._blocking is not None:
+            self._blocking.close()
+            self._blocking = None

@@ -1,0 +1,177 @@
+"""The Celery adapter: payloads travel as one task, ``wove.run``, through the fleet's own broker."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from wove.adapters.base import BackendAdapter
+from wove.backend import as_text, summarize_call
+from wove.errors import ConfigurationError, SubmitError
+from wove.security import scrub
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wove.frames import Frame
+
+#: Seconds that an app made here waits for its broker before a submission fails.
+BROKER_TIMEOUT = 5.0
+
+
+class CeleryAdapter(BackendAdapter):
+    """Submits to Celery workers that were started with ``-I wove.worker.celery``.
+
+    ``executor_config``: ``app`` (a Celery app, or ``"proj.celery:app"``) or ``broker_url``;
+    ``result_backend``, ``app_name``, ``task_name`` (``"wove.run"``), ``queue``,
+    ``send_task_options`` (passed to ``send_task``), ``terminate_on_cancel``.
+    """
+
+    required_modules = ("celery", "aiohttp", "cloudpickle", "msgpack")
+    install_hint = 'pip install "wove[celery]"'
+    config_keys = (
+        "app", "app_name", "broker_url", "queue", "result_backend", "send_task_options",
+        "task_name", "terminate_on_cancel",
+    )  # fmt: skip
+
+    async def start(self) -> None:
+        """Find or make the app."""
+        config = self.config
+        if (config.get("app") is None) == (config.get("broker_url") is None):
+            raise ConfigurationError(
+                'the celery executor needs either executor_config["app"] (a Celery app or "proj.celery:app") '
+                'or executor_config["broker_url"], for example "redis://localhost:6379/0"'
+            )
+        self._task_name = config.get("task_name") or "wove.run"
+        options = config.get("send_task_options") or {}
+        if not hasattr(options, "items"):
+            raise ConfigurationError('executor_config["send_task_options"] is a mapping')
+        self._options = dict(options)
+        if config.get("queue") is not None:
+            self._options["queue"] = config["queue"]
+        self._app = await self.blocking(self._find_app)
+
+    def _find_app(self) -> Any:
+        app = self.config.get("app")
+        if app is None:
+            app = self._make_app()
+        elif isinstance(app, str):
+            app = _import_app(app)
+        if not hasattr(app, "send_task"):
+            raise ConfigurationError(
+                f'executor_config["app"] is a Celery app or its "module:attribute", not {type(app).__name__}'
+            )
+        # Once, here: finalizing an app from several threads at a time is not safe.
+        app.finalize()
+        # JSON text unless the fleet's own serializer carries bytes.
+        self._binary = app.conf.task_serializer in ("msgpack", "pickle")
+        if "serializer" in self._options:
+            self._binary = self._options["serializer"] in ("msgpack", "pickle")
+        return app
+
+    def _make_app(self) -> Any:
+        from celery import Celery
+
+        app = Celery(
+            self.config.get("app_name") or "wove",
+            broker=self.config["broker_url"],
+            backend=self.config.get("result_backend"),
+            set_as_current=False,
+        )
+        # Without these a broker that is out holds a submission for as long as it likes.
+        app.conf.update(
+            broker_connection_timeout=BROKER_TIMEOUT,
+            broker_transport_options={
+                "socket_timeout": BROKER_TIMEOUT,
+                "socket_connect_timeout": BROKER_TIMEOUT,
+                "read_timeout": BROKER_TIMEOUT,
+                "write_timeout": BROKER_TIMEOUT,
+            },
+        )
+        self._owned = app
+        return app
+
+    async def submit(self, payload: bytes, frame: Frame) -> str:
+        """Send one task."""
+        result = (await self.submit_many([(payload, frame)]))[0]
+        if isinstance(result, Exception):
+            raise result
+        return str(result)
+
+    async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        """Send tasks by one producer, held for the batch."""
+        results: list[Any] = await self.blocking(self._send_batch, batch)
+        return results
+
+    def _send_batch(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        results: list[Any] = []
+        try:
+            with self._app.producer_or_acquire() as producer:
+                for payload, frame in batch:
+                    results.append(self._send(producer, payload, frame))
+        except Exception as exc:
+            error = _submit_error(exc)
+            results.extend([error] * (len(batch) - len(results)))
+        return results
+
+    def _send(self, producer: Any, payload: bytes, frame: Frame) -> Any:
+        run_id = frame["run_id"]
+        timeout = (frame.get("delivery") or {}).get("timeout")
+        try:
+            self._app.send_task(
+                self._task_name,
+                args=[payload if self._binary else as_text(payload)],
+                task_id=run_id,
+                producer=producer,
+                **{
+                    # No result is stored: the outcome comes back to the callback server.
+                    "ignore_result": True,
+                    # The name and the arguments that logs, events and Flower show.
+                    "shadow": frame["task_id"],
+                    "argsrepr": summarize_call(frame),
+                    "kwargsrepr": "{}",
+                    # Work that nobody waits for any more is not started.
+                    "expires": math.ceil(timeout) + 1 if timeout else None,
+                    # The fleet's own task_routes match the function, not "wove.run".
+                    "route_name": frame["task_id"],
+                    **self._options,
+                },
+            )
+        except Exception as exc:
+            return _submit_error(exc)
+        return run_id
+
+    async def cancel(self, run_id: str, submission: Any, frame: Frame) -> bool:
+        """Revoke the task; ``terminate_on_cancel`` also ends its process (prefork pools)."""
+        terminate = bool(self.config.get("terminate_on_cancel"))
+        await self.blocking(lambda: self._app.control.revoke(run_id, terminate=terminate, signal="SIGTERM"))
+        return False  # a broadcast: whom it reached is not known
+
+    async def close(self) -> None:
+        """Close an app that was made here; never a user's."""
+        app, self._owned = self._owned, None
+        if app is not None:
+            await self.blocking(app.close)
+
+    #: The app made from ``broker_url``.
+    _owned: Any = None
+
+
+def _import_app(reference: str) -> Any:
+    module, _, attribute = reference.partition(":")
+    try:
+        return getattr(import_module(module), attribute or "app")
+    except (ImportError, AttributeError) as exc:
+        raise ConfigurationError(
+            f'executor_config["app"]: cannot find the Celery app {reference!r} ({exc}); it is written '
+            '"module:attribute", and the module has to be importable here'
+        ) from exc
+
+
+def _submit_error(exc: Exception) -> SubmitError:
+    error = SubmitError(
+        f"the Celery broker did not accept the run: {type(exc).__name__}: {scrub(str(exc))}", maybe_accepted=True
+    )
+    error.__cause__ = exc
+    return error

@@ -1,0 +1,215 @@
+"""The RQ adapter: payloads travel as jobs of the function ``wove.worker.rq.run``."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from wove.adapters.base import BackendAdapter, BackendState
+from wove.backend import as_text, summarize_call
+from wove.errors import ConfigurationError, SubmitError
+from wove.security import scrub
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wove.frames import Frame
+
+#: The job function, by name: the submitter need not import the worker side.
+JOB_FUNCTION = "wove.worker.rq.run"
+#: Seconds that a failed job can be looked at in RQ before it is gone; RQ's default is a year.
+FAILURE_TTL = 300
+#: Seconds that a client made here waits for Redis before a submission fails.
+REDIS_TIMEOUT = 5.0
+#: Seconds that RQ's worker waits for the callback server to take its webhook.
+WEBHOOK_TIMEOUT = 4
+
+
+class RqAdapter(BackendAdapter):
+    """Submits to RQ workers, which need nothing but the package ``wove[worker]``.
+
+    ``executor_config``: ``queue`` (an ``rq.Queue``) or ``redis_url`` and ``queue_name``
+    (``"default"``); ``enqueue_options`` (``job_timeout``, ``failure_ttl``, ``meta``, ...),
+    ``stop_on_cancel``.
+    """
+
+    required_modules = ("rq", "redis", "aiohttp", "cloudpickle", "msgpack")
+    install_hint = 'pip install "wove[rq]"'
+    config_keys = ("enqueue_options", "queue", "queue_name", "redis_url", "stop_on_cancel")
+
+    async def start(self) -> None:
+        """Find or make the queue."""
+        config = self.config
+        if (config.get("queue") is None) == (config.get("redis_url") is None):
+            raise ConfigurationError(
+                'the rq executor needs either executor_config["queue"] (an rq.Queue) or '
+                'executor_config["redis_url"], for example "redis://localhost:6379/0"'
+            )
+        options = config.get("enqueue_options") or {}
+        if not hasattr(options, "items"):
+            raise ConfigurationError('executor_config["enqueue_options"] is a mapping')
+        self._options = dict(options)
+        self._queue = await self.blocking(self._find_queue)
+        self._webhook = _webhook_class()
+
+    def _find_queue(self) -> Any:
+        from rq import Queue
+
+        queue = self.config.get("queue")
+        if queue is None:
+            from redis import Redis
+
+            self._owned = Redis.from_url(
+                self.config["redis_url"], socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT
+            )
+            queue = Queue(self.config.get("queue_name") or "default", connection=self._owned)
+        elif self.config.get("queue_name") is not None:
+            raise ConfigurationError('executor_config: "queue_name" goes with "redis_url", not with "queue"')
+        if not isinstance(queue, Queue):
+            raise ConfigurationError(f'executor_config["queue"] is an rq.Queue, not {type(queue).__name__}')
+        self._binary = _carries_bytes(queue.serializer)
+        return queue
+
+    async def submit(self, payload: bytes, frame: Frame) -> str:
+        """Enqueue one job."""
+        result = (await self.submit_many([(payload, frame)]))[0]
+        if isinstance(result, Exception):
+            raise result
+        return str(result)
+
+    async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        """Enqueue jobs in one pipeline, in one round trip."""
+        results: list[Any] = await self.blocking(self._enqueue, batch)
+        return results
+
+    def _enqueue(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        results: list[Any] = []
+        jobs = []
+        for payload, frame in batch:
+            try:
+                jobs.append(self._job(payload, frame))
+                results.append(frame["run_id"])
+            except Exception as exc:  # enqueue_options that RQ does not take, for one
+                results.append(ConfigurationError(f"RQ refuses the job: {type(exc).__name__}: {exc}"))
+        try:
+            with self._queue.connection.pipeline() as pipeline:
+                self._queue.enqueue_many(jobs, pipeline=pipeline)
+                pipeline.execute()
+        except Exception as exc:
+            error = SubmitError(
+                f"Redis did not accept the run: {type(exc).__name__}: {scrub(str(exc))}", maybe_accepted=True
+            )
+            error.__cause__ = exc
+            return [result if isinstance(result, Exception) else error for result in results]
+        return results
+
+    def _job(self, payload: bytes, frame: Frame) -> Any:
+        timeout = (frame.get("delivery") or {}).get("timeout")
+        settings: dict[str, Any] = {
+            "args": (payload if self._binary else as_text(payload),),
+            "job_id": frame["run_id"],
+            # RQ's default would end every job after 180 s; -1 is its word for no limit.
+            "timeout": math.ceil(timeout) + 1 if timeout else -1,
+            # Work that nobody waits for any more is not started.
+            "ttl": math.ceil(timeout) + 1 if timeout else None,
+            # Nothing is left behind: no result, and a failed job only for a while.
+            "result_ttl": 0,
+            "failure_ttl": FAILURE_TTL,
+            # What the worker's log and `rq info` show.
+            "description": f"{frame['task_id']}{summarize_call(frame)}",
+        }
+        webhook = frame.get("failure_webhook")
+        if self._webhook is not None and webhook:
+            settings["webhooks"] = [
+                self._webhook(
+                    webhook["url"],
+                    "failed",
+                    method="POST",
+                    headers={"Authorization": f"Bearer {webhook['token']}"},
+                    timeout=WEBHOOK_TIMEOUT,
+                )
+            ]
+        options = dict(self._options)
+        if "job_timeout" in options:  # `enqueue` and `prepare_data` name it differently
+            settings["timeout"] = options.pop("job_timeout")
+        return self._queue.prepare_data(JOB_FUNCTION, **{**settings, **options})
+
+    async def cancel(self, run_id: str, submission: Any, frame: Frame) -> bool:
+        """Delete a queued job; with ``stop_on_cancel`` also end the process of a running one."""
+        return bool(await self.blocking(self._cancel, run_id))
+
+    def _cancel(self, run_id: str) -> bool:
+        from rq.exceptions import InvalidJobOperation, NoSuchJobError
+        from rq.job import Job
+
+        connection = self._queue.connection
+        # Whoever takes the id out of the list owns the job: a worker that pops it first
+        # leaves nothing to remove, so a started job is never deleted under its worker.
+        owned = connection.lrem(self._queue.key, 1, run_id) > 0
+        try:
+            job = Job.fetch(run_id, connection=connection, serializer=self._queue.serializer)
+            if owned:
+                job.delete(remove_from_queue=False)
+            elif self.config.get("stop_on_cancel"):
+                from rq.command import send_stop_job_command
+
+                send_stop_job_command(connection, run_id, serializer=self._queue.serializer)
+        except (NoSuchJobError, InvalidJobOperation):
+            pass  # it has ended meanwhile, or has not been taken by a worker yet
+        return owned
+
+    async def probe(self, run_ids: Sequence[str]) -> dict[str, BackendState]:
+        """Ask RQ for the jobs, in one round trip."""
+        states: dict[str, BackendState] = await self.blocking(self._probe, list(run_ids))
+        return states
+
+    def _probe(self, run_ids: list[str]) -> dict[str, BackendState]:
+        from rq.job import Job
+
+        jobs = Job.fetch_many(run_ids, connection=self._queue.connection, serializer=self._queue.serializer)
+        return {run_id: _state(job) for run_id, job in zip(run_ids, jobs, strict=True)}
+
+    async def close(self) -> None:
+        """Close a client that was made here; never a user's."""
+        owned, self._owned = self._owned, None
+        if owned is not None:
+            await self.blocking(owned.close)
+
+    #: The client made from ``redis_url``.
+    _owned: Any = None
+
+
+_STATES = {
+    "queued": "queued",
+    "deferred": "queued",
+    "scheduled": "queued",
+    "created": "queued",
+    "started": "running",
+    "finished": "done",
+    "failed": "failed",
+    "stopped": "failed",
+    "canceled": "failed",
+}
+
+
+def _state(job: Any) -> BackendState:
+    if job is None:
+        return BackendState("gone")
+    status = job.get_status(refresh=False)
+    word = str(getattr(status, "value", status))
+    return BackendState(_STATES.get(word, "unknown"), word)
+
+
+def _carries_bytes(serializer: Any) -> bool:
+    try:
+        return bool(serializer.loads(serializer.dumps(((b"\x00",), {})))[0][0] == b"\x00")
+    except Exception:
+        return False  # a JSON queue: the payload travels as text
+
+
+def _webhook_class() -> Any:
+    try:
+        from rq.webhook import Webhook
+    except ImportError:  # RQ before 2.12: a killed work horse is noticed by its silence
+        return None
+    return Webhook

@@ -1,0 +1,139 @@
+"""Bounds on what a peer can hold of the server: time, bytes and connections.
+
+aiohttp has no timeout of its own for a connection that sends nothing, half a head, or a
+head without its body, and does not compare a declared length with its limit. This guard
+adds them by aiohttp's public API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+#: Seconds for a connection's first head, and between requests.
+HEAD_SECONDS = 10.0
+KEEP_ALIVE_SECONDS = 75.0
+#: Seconds for a body, and the bytes a second that earn a large one more time.
+BODY_SECONDS = 30.0
+SLOWEST_BODY = 64 * 1024
+#: Connections at once; beyond it the longest idle one is closed.
+MAX_CONNECTIONS = 1024
+#: Bytes of bodies that may be under way at once; beyond it peers are asked to come back.
+MAX_BYTES_IN_FLIGHT = 512 * 1024 * 1024
+#: Seconds between two looks at the connections.
+SWEEP_SECONDS = 0.5
+
+
+
+class Guard:
+    """Watches the connections of one server and reads bodies under its limits."""
+
+    def __init__(self) -> None:
+        self._last_seen: dict[Any, float] = {}
+        self._used: set[Any] = set()
+        self._active: set[Any] = set()
+        self._bytes = 0
+
+    @property
+    def connections(self) -> int:
+        """How many connections the last sweep saw."""
+        return len(self._last_seen)
+
+    async def sweep(self, server: web.Server[Any]) -> None:
+        """Close connections that idle or dribble, for ever."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self._sweep_once(server)
+
+    def _sweep_once(self, server: web.Server[Any]) -> None:
+        now = time.monotonic()
+        live = set(server.connections)
+        for gone in [protocol for protocol in self._last_seen if protocol not in live]:
+            del self._last_seen[gone]
+            self._used.discard(gone)
+        for protocol in live:
+            self._last_seen.setdefault(protocol, now)
+        idle = sorted(
+            (p for p in self._last_seen if p not in self._active), key=self._last_seen.__getitem__
+        )
+        excess = len(live) - MAX_CONNECTIONS
+        for index, protocol in enumerate(idle):
+            limit = KEEP_ALIVE_SECONDS if protocol in self._used else HEAD_SECONDS
+            if index < excess or now - self._last_seen[protocol] > limit:
+                _abort(protocol)
+
+    @web.middleware
+    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Count the connection as active while a request is being handled."""
+        protocol = request.protocol
+        self._active.add(protocol)
+        try:
+            return await handler(request)
+        finally:
+            self._active.discard(protocol)
+            self._used.add(protocol)
+            self._last_seen[protocol] = time.monotonic()
+
+    async def read_body(self, request: web.Request, limit: int) -> bytearray:
+        """Read the request's body.
+
+        Args:
+            request: its head was read.
+            limit: bytes allowed.
+
+        Raises:
+            HTTPException: 411 without a length, 413 over the limit, 415 for an encoded
+                body, 408 for one that comes too slowly, 503 when too much is under way.
+        """
+        if request.headers.get("Content-Encoding"):
+            raise refusal(web.HTTPUnsupportedMediaType())
+        size = request.content_length
+        if size is None:
+            raise refusal(web.HTTPLengthRequired())
+        if size > limit:
+            raise refusal(web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=size))
+        if self._bytes + size > MAX_BYTES_IN_FLIGHT and self._bytes:
+            raise refusal(web.HTTPServiceUnavailable(headers={"Retry-After": "1"}))
+        self._bytes += size
+        try:
+            async with asyncio.timeout(BODY_SECONDS + size / SLOWEST_BODY):
+                return await _read_exactly(request, size)
+        except TimeoutError:
+            raise refusal(web.HTTPRequestTimeout()) from None
+        except asyncio.IncompleteReadError:
+            raise refusal(web.HTTPBadRequest()) from None
+        finally:
+            self._bytes -= size
+
+
+async def _read_exactly(request: web.Request, size: int) -> bytearray:
+    # Into one buffer: joining chunks would hold a large body twice.
+    body = bytearray(size)
+    at = 0
+    while at < size:
+        chunk = await request.content.readany()
+        if not chunk:
+            raise asyncio.IncompleteReadError(bytes(), size)
+        body[at : at + len(chunk)] = chunk
+        at += len(chunk)
+    return body
+
+
+def refusal(response: web.HTTPException) -> web.HTTPException:
+    """Return ``response`` made to close its connection: its body may still be on the way."""
+    response.force_close()
+    return response
+
+
+def _abort(protocol: Any) -> None:
+    transport = protocol.transport
+    if transport is not None:
+        transport.abort()

@@ -1,0 +1,111 @@
+"""The listeners of this process: one per address, shared by all who ask for it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from wove.callback_server.server import CallbackListener
+
+if TYPE_CHECKING:
+    from wove.callback_server.runs import OpenRun
+
+_lock = threading.Lock()
+_listeners: dict[tuple[str, int], _Shared] = {}
+
+
+class _Shared:
+    def __init__(self, listener: CallbackListener) -> None:
+        self.listener = listener
+        self.users = 0
+
+
+class Lease:
+    """One user's share of a listener. Thread-safe."""
+
+    def __init__(self, key: tuple[str, int], listener: CallbackListener) -> None:
+        self._key = key
+        self._listener: CallbackListener | None = listener
+        self.host = listener.host
+        self.port = listener.port
+        self._runs: set[str] = set()
+
+    def open_run(self, run: OpenRun) -> None:
+        """Take events for ``run`` until it is closed."""
+        if self._listener is None:
+            raise RuntimeError("the callback listener was released")
+        self._runs.add(run.run_id)
+        self._listener.open_run(run)
+
+    def close_run(self, run_id: str) -> None:
+        """Take no more events for a run."""
+        self._runs.discard(run_id)
+        if self._listener is not None:
+            self._listener.close_runs([run_id])
+
+    def forget_run(self, run_id: str) -> None:
+        """The run was closed by its outcome: there is nothing left to close."""
+        self._runs.discard(run_id)
+
+    def cancel_run(self, run_id: str) -> None:
+        """Tell a run's worker to stop."""
+        if self._listener is not None:
+            self._listener.cancel_run(run_id)
+
+    def release(self) -> None:
+        """Close what is left of this user's runs; the last user stops the listener. Blocks shortly."""
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        listener.close_runs(list(self._runs))
+        self._runs.clear()
+        with _lock:
+            shared = _listeners.get(self._key)
+            if shared is None or shared.listener is not listener:
+                return
+            shared.users -= 1
+            if shared.users:
+                return
+            del _listeners[self._key]
+            # Within the lock: who asks for this address next must find the port free.
+            listener.stop()
+
+
+def acquire(host: str, port: int) -> Lease:
+    """Return a share of the listener on that address, starting it when it is the first.
+
+    Args:
+        host: the address to listen on.
+        port: the port; 0 for any free one, shared by all who ask for 0 on that host.
+
+    Raises:
+        ConfigurationError: the address cannot be bound, for example because another
+            process has the port.
+    """
+    key = (host, port)
+    with _lock:
+        shared = _listeners.get(key)
+        if shared is None:
+            listener = CallbackListener(host, port)
+            try:
+                listener.start()
+            except BaseException:
+                listener.stop()
+                raise
+            shared = _listeners[key] = _Shared(listener)
+        shared.users += 1
+        return Lease(key, shared.listener)
+
+
+def _forget() -> None:
+    # A forked child has none of the threads; the parent's sockets are not its own.
+    global _lock
+    _lock = threading.Lock()
+    for shared in _listeners.values():
+        shared.listener.close_in_child()
+    _listeners.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,381 @@
+"""What workers can ask of a listener.
+
+``POST /wove/v1/events/{run_id}``    events of a run, signed with its key
+``POST /wove/v1/beats``              the open beat: held until a run is cancelled, or its time is up
+``GET  /wove/v1/payloads/{run_id}``  a message that was too large for the broker
+``POST /wove/v1/failed/{run_id}``    a backend's own word that the run failed (RQ's webhook)
+``GET  /healthz``                    answers while the listener is alive
+
+The order of checks is: is the run open (410), is the key known (401), is the length
+allowed (413), is the signature right (401); only then are bytes decoded (400).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from wove import frames
+from wove.callback_server.guard import Guard, refusal
+from wove.errors import ProtocolError, WorkerLostError, cut, normalize_exception, safe_text
+from wove.remote_errors import decode_exception
+from wove.security import (
+    beat_tag,
+    cancel_tag,
+    event_tag,
+    fetch_tag,
+    reply_tag,
+    same,
+    webhook_token,
+)
+from wove.wire import decode_value, from_tagged, unpack_json, unpack_message
+
+if TYPE_CHECKING:
+    from wove.callback_server.runs import OpenRun, OpenRuns
+    from wove.frames import Frame
+
+logger = logging.getLogger("wove.callback_server")
+
+#: Largest body, in bytes, of a request without an outcome.
+MAX_NEWS = 256 * 1024
+#: Bodies from this size, in bytes, are verified and decoded in a thread of their own.
+THREAD_FROM = 1024 * 1024
+#: Seconds a beat is held at most, whatever the worker asks for.
+MAX_HOLD = 30.0
+MAX_RUNS_IN_BEAT = 256
+#: Executions of one run that may beat: each broker redelivery makes one more.
+MAX_EXECUTIONS = 64
+#: Seconds that an outcome gets to arrive after a backend has said that the run failed.
+FAILURE_GRACE = 1.0
+
+_JSON = "application/json"
+_MSGPACK = "application/msgpack"
+
+
+@dataclass(slots=True)
+class _Beat:
+    """One verified line of a beat."""
+
+    run: OpenRun
+    execution: str
+    count: int
+    key: bytes
+    told: bool
+
+    @property
+    def to_cancel(self) -> bool:
+        return self.run.cancelled and not self.told
+
+    def cancel_line(self) -> str:
+        tag = cancel_tag(self.key, self.run.run_id, self.execution, self.count)
+        return f"cancel {self.execution} {tag.hex()}"
+
+
+class Routes:
+    """The request handlers of one listener."""
+
+    def __init__(self, runs: OpenRuns, guard: Guard) -> None:
+        self._runs = runs
+        self._guard = guard
+
+    def table(self) -> list[web.RouteDef]:
+        """Return the routes."""
+        return [
+            web.post("/wove/v1/events/{run_id}", self.events),
+            web.post("/wove/v1/beats", self.beats),
+            web.get("/wove/v1/payloads/{run_id}", self.payload),
+            web.post("/wove/v1/failed/{run_id}", self.failed),
+            web.get("/healthz", self.health),
+        ]
+
+    async def health(self, request: web.Request) -> web.Response:
+        """Answer that the listener is alive."""
+        return web.json_response({"status": "ok"})
+
+    # --- events ---------------------------------------------------------------
+
+    async def events(self, request: web.Request) -> web.Response:
+        """Take signed events of one run in."""
+        run = self._open_run(request)
+        key = _known_key(request, run)
+        final = request.headers.get("Wove-Final") == "1"
+        body = await self._guard.read_body(request, run.max_body if final else MAX_NEWS)
+        tag = _given_tag(request)
+        if len(body) >= THREAD_FROM:
+            loop = asyncio.get_running_loop()
+            batch = await loop.run_in_executor(None, _verify_and_decode, request, run, key, tag, final, body)
+        else:
+            batch = _verify_and_decode(request, run, key, tag, final, body)
+        if self._runs.get(run.run_id) is not run:  # closed while the body came in
+            raise _gone(request)
+        return self._take(run, key, tag, batch)
+
+    def _take(self, run: OpenRun, key: bytes, tag: bytes, batch: list[Frame]) -> web.Response:
+        if run.cancelled and all(frame.get("fence") for frame in batch):
+            # The worker asks before it starts: the run ends here, and never starts.
+            last = batch[-1]
+            batch = [frames.event(frames.TASK_CANCELLED, run.run_id, run.task_id, last["attempt"], last["seq"])]
+            self._close_with(run, batch)
+            raise web.HTTPGone
+        if any(frame["type"] in frames.TERMINAL for frame in batch):
+            self._close_with(run, batch)
+            return _reply(204)
+        run.sink(batch)
+        if run.cancelled:
+            return _reply(200, {"Wove-Cancel": reply_tag(key, tag, b"cancel").hex()})
+        return _reply(204)
+
+    def _close_with(self, run: OpenRun, batch: list[Frame]) -> None:
+        self._runs.close(run.run_id)
+        run.sink(batch)
+
+    # --- the open beat ----------------------------------------------------------
+
+    async def beats(self, request: web.Request) -> web.Response:
+        """Hold the request until a run of it is cancelled, all are closed, or its time is up."""
+        body = await self._guard.read_body(request, MAX_NEWS)
+        hold, beating = self._read_beat(request, body)
+        wake = asyncio.Event()
+        for beat in beating:
+            beat.run.watchers.add(wake)
+            beat.run.sink([_event(beat.run, frames.HEARTBEAT)])
+        try:
+            async with asyncio.timeout(hold):
+                while not any(beat.to_cancel for beat in beating) and self._any_open(beating):
+                    await wake.wait()
+                    wake.clear()
+        except TimeoutError:
+            pass
+        finally:
+            for beat in beating:
+                beat.run.watchers.discard(wake)
+        return _reply(200, text="\n".join(beat.cancel_line() for beat in beating if beat.to_cancel))
+
+    def _any_open(self, beating: list[_Beat]) -> bool:
+        return any(self._runs.get(beat.run.run_id) is beat.run for beat in beating)
+
+    def _read_beat(self, request: web.Request, body: bytearray) -> tuple[float, list[_Beat]]:
+        """Read ``hold SECONDS`` and ``run|stopping ID EXECUTION COUNT KID TAG`` lines, verified."""
+        hold = MAX_HOLD
+        beating = []
+        gone = False
+        for line in bytes(body).decode("ascii", "replace").split("\n")[: MAX_RUNS_IN_BEAT + 1]:
+            words = line.split(" ")
+            if words[0] == "hold" and len(words) == 2:
+                hold = _seconds(words[1])
+            elif words[0] in ("run", "stopping") and len(words) == 6:
+                beat = self._verified_beat(*words)
+                gone = gone or beat is None
+                if beat is not None:
+                    beating.append(beat)
+        if not beating:
+            raise _gone(request) if gone else refusal(web.HTTPBadRequest())
+        return hold, beating
+
+    def _verified_beat(
+        self, word: str, run_id: str, execution: str, count: str, kid: str, tag: str
+    ) -> _Beat | None:
+        run = self._runs.get(run_id)
+        key = run.key(kid) if run is not None else None
+        if run is None or key is None or not (count.isdecimal() and len(count) < 12):
+            return None
+        number = int(count)
+        expected = beat_tag(key, run_id, execution, number).hex().encode()
+        if not same(expected, tag.encode()) or number <= run.beats.get(execution, 0):
+            return None
+        if len(run.beats) >= MAX_EXECUTIONS and execution not in run.beats:
+            return None
+        run.beats[execution] = number
+        return _Beat(run, execution, number, key, told=word == "stopping")
+
+    # --- large payloads ---------------------------------------------------------
+
+    async def payload(self, request: web.Request) -> web.StreamResponse:
+        """Send a worker the message that was too large for the broker."""
+        run = self._open_run(request)
+        key = _known_key(request, run)
+        if not same(fetch_tag(key, run.run_id), _given_tag(request)):
+            raise _unauthorized(request)
+        message = run.message
+        if message is None or run.cancelled:
+            raise _gone(request)
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+        response.content_length = sum(memoryview(part).nbytes for part in message)
+        await response.prepare(request)
+        for part in message:
+            view = memoryview(part).cast("B")
+            for at in range(0, len(view), THREAD_FROM):
+                await response.write(view[at : at + THREAD_FROM])
+        await response.write_eof()
+        return response
+
+    # --- the backend's own word -------------------------------------------------
+
+    async def failed(self, request: web.Request) -> web.Response:
+        """Take the backend's word that a run has failed, proven by the run's token."""
+        run = self._open_run(request)
+        body = await self._guard.read_body(request, MAX_NEWS)
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        key = run.key(run.ring.primary.kid)
+        if key is None or scheme != "Bearer" or not same(webhook_token(key, run.run_id).encode(), token.encode()):
+            raise _unauthorized(request)
+        reason = _failure_text(body)
+        asyncio.get_running_loop().call_later(FAILURE_GRACE, self._lose, run, reason)
+        return _reply(204)
+
+    def _lose(self, run: OpenRun, reason: str) -> None:
+        if self._runs.get(run.run_id) is not run:
+            return  # its outcome has arrived
+        last_line = reason.strip().rsplit("\n", 1)[-1]
+        error = {
+            "kind": WorkerLostError.__name__,
+            "message": f"the backend says that the job failed before it reported an outcome: {last_line}",
+            "traceback": reason,
+            "retryable": True,
+            "source": "backend",
+        }
+        self._close_with(run, [_event(run, frames.TASK_ERROR, error=error)])
+
+    # --- shared -----------------------------------------------------------------
+
+    def _open_run(self, request: web.Request) -> OpenRun:
+        run = self._runs.get(request.match_info["run_id"])
+        if run is None:
+            raise _gone(request)
+        return run
+
+
+def _event(run: OpenRun, kind: str, **fields: Any) -> Frame:
+    return frames.event(kind, run.run_id, run.task_id, run.attempt, 2**31, **fields)
+
+
+def _known_key(request: web.Request, run: OpenRun) -> bytes:
+    key = run.key(request.headers.get("Wove-Key", ""))
+    if key is None:
+        raise _unauthorized(request)
+    return key
+
+
+def _given_tag(request: web.Request) -> bytes:
+    try:
+        return bytes.fromhex(request.headers.get("Wove-Signature", ""))
+    except ValueError:
+        return b""
+
+
+def _verify_and_decode(
+    request: web.Request, run: OpenRun, key: bytes, tag: bytes, final: bool, body: bytearray
+) -> list[Frame]:
+    codec = request.content_type
+    if not same(event_tag(key, run.run_id, codec, final, [body]), tag):
+        raise _unauthorized(request)
+    try:
+        if codec == _JSON:
+            batch = _decode_json(body)
+        elif codec == _MSGPACK:
+            batch = _decode_msgpack(body)
+        else:
+            raise ProtocolError(f"a body is {_MSGPACK} or {_JSON}")
+        _check_batch(run, batch, final)
+    except ProtocolError as exc:
+        if not final:
+            raise web.HTTPBadRequest(text=cut(str(exc), 500)) from None
+        # An outcome that nobody can read is an outcome all the same: nothing else will come.
+        return [_event(run, frames.TASK_ERROR, error=normalize_exception(exc, source="worker"))]
+    return batch
+
+
+def _check_batch(run: OpenRun, batch: list[Frame], final: bool) -> None:
+    for index, frame in enumerate(batch):
+        frames.check_event(frame)
+        if frame["run_id"] != run.run_id:
+            raise ProtocolError("a frame names another run than the request")
+        terminal = frame["type"] in frames.TERMINAL
+        if terminal and not (final and index == len(batch) - 1):
+            raise ProtocolError("an outcome is the last frame of a request marked Wove-Final: 1")
+    if final and (not batch or batch[-1]["type"] not in frames.TERMINAL):
+        raise ProtocolError("a request marked Wove-Final: 1 ends with an outcome")
+    if not batch:
+        raise ProtocolError("no frames")
+
+
+def _frames_of(message: dict[str, Any]) -> list[Frame]:
+    batch = message.get("frames")
+    if type(batch) is not list or not all(type(frame) is dict for frame in batch):
+        raise ProtocolError("frames is a list of mappings")
+    worker = message.get("worker")
+    if type(worker) is dict:
+        for frame in batch:
+            frame["worker"] = worker
+    return batch
+
+
+def _decode_msgpack(body: bytearray) -> list[Frame]:
+    envelope, attachments = unpack_message(body)
+    batch = _frames_of(envelope)
+    for frame in batch:
+        if "result" in frame:
+            _decode_result(frame, attachments)
+        if "exception" in frame:
+            frame["exception"] = decode_exception(frame["exception"], attachments)
+    return batch
+
+
+def _decode_result(frame: Frame, attachments: list[memoryview]) -> None:
+    try:
+        frame["result"] = decode_value(frame["result"], attachments)
+    except ProtocolError:
+        raise
+    except Exception as exc:
+        # Its class is missing here, say: an error of this run, and of no other.
+        text = f"the result cannot be rebuilt in the submitter: {type(exc).__name__}: {safe_text(exc, 500)}"
+        error = {**normalize_exception(exc, source="executor"), "kind": "ResultDecodeError", "message": text}
+        del frame["result"]
+        frame.update(type=frames.TASK_ERROR, error=error)
+
+
+def _decode_json(body: bytearray) -> list[Frame]:
+    batch = _frames_of(unpack_json(body))
+    for frame in batch:
+        frame.pop("exception", None)  # objects need a pickle, which JSON peers do not send
+        if "result" in frame:
+            try:
+                frame["result"] = from_tagged(frame["result"])
+            except RecursionError:
+                raise ProtocolError("the result is nested too deeply") from None
+    return batch
+
+
+def _failure_text(body: bytearray) -> str:
+    try:
+        text = json.loads(bytes(body)).get("exc_info")
+    except (ValueError, AttributeError, RecursionError):
+        text = None
+    return cut(text) if isinstance(text, str) and text.strip() else "no reason given"
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return MAX_HOLD
+    return min(MAX_HOLD, max(0.1, value)) if value == value else MAX_HOLD
+
+
+def _reply(status: int, headers: dict[str, str] | None = None, text: str | None = None) -> web.Response:
+    # Workers learn our clock from this, to tell how long a payload has waited.
+    return web.Response(status=status, headers={"Wove-Time": f"{time.time():.6f}", **(headers or {})}, text=text)
+
+
+def _gone(request: web.Request) -> web.HTTPException:
+    return refusal(web.HTTPGone()) if request.body_exists else web.HTTPGone()
+
+
+def _unauthorized(request: web.Request) -> web.HTTPException:
+    return refusal(web.HTTPUnauthorized())

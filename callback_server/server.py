@@ -1,0 +1,178 @@
+"""A callback listener: one address, one thread, one event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from wove.callback_server.guard import KEEP_ALIVE_SECONDS, Guard
+from wove.callback_server.routes import Routes
+from wove.callback_server.runs import OpenRuns
+from wove.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import socket
+
+    from wove.callback_server.runs import OpenRun
+
+logger = logging.getLogger("wove.callback_server")
+
+#: Connections that the kernel accepts while the loop is busy: a fleet reports all at once.
+BACKLOG = 1024
+#: Seconds that starting and stopping may take.
+START_SECONDS = 10.0
+STOP_SECONDS = 3.0
+
+
+class CallbackListener:
+    """Takes the events of all runs of this process that name its address.
+
+    It has a thread and a loop of its own, so that a busy application neither delays
+    workers nor is delayed by them.
+
+    Args:
+        host: the address to listen on.
+        port: the port; 0 for a free one.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host = host
+        self.port = port
+        self.runs = OpenRuns()
+        self.guard = Guard()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+        self._socket: socket.socket | None = None
+
+    def start(self) -> None:
+        """Listen. Blocks until the port is bound.
+
+        Raises:
+            ConfigurationError: the address cannot be bound; says what to change.
+        """
+        bound: Future[int] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(bound,), name=f"wove-callback-{self.host}", daemon=True
+        )
+        self._thread.start()
+        try:
+            self.port = bound.result(START_SECONDS)
+        except OSError as exc:
+            raise ConfigurationError(self._explain(exc)) from exc
+
+    def _explain(self, exc: OSError) -> str:
+        if exc.errno == errno.EADDRINUSE:
+            return (
+                f"callback_port {self.port} on {self.host} is taken by another process: choose another "
+                "callback_port, or 0 for any free one"
+            )
+        reason = os.strerror(exc.errno) if exc.errno else str(exc)
+        return (
+            f"cannot listen on callback_host {self.host!r}, callback_port {self.port}: {reason}; callback_host is "
+            "an address of this machine"
+        )
+
+    def stop(self) -> None:
+        """Stop listening and end the thread. Idempotent."""
+        thread, loop, stop = self._thread, self._loop, self._stop
+        if thread is None:
+            return
+        self._thread = None
+        if loop is not None and stop is not None and thread.is_alive():
+            loop.call_soon_threadsafe(stop.set)
+        thread.join(STOP_SECONDS)
+        if thread.is_alive():
+            logger.warning("the callback listener on %s:%s did not stop in time", self.host, self.port)
+
+    def close_in_child(self) -> None:
+        """Give the inherited socket up, in a forked child: the parent alone listens."""
+        self._thread = None
+        if self._socket is not None:
+            os.close(self._socket.detach())
+            self._socket = None
+
+    # --- runs, from any thread ------------------------------------------------
+
+    def open_run(self, run: OpenRun) -> None:
+        """Take events for ``run``."""
+        self.runs.add(run)
+
+    def close_runs(self, run_ids: list[str]) -> None:
+        """Take no more events for these runs."""
+        self._call(lambda: [self.runs.close(run_id) for run_id in run_ids])
+
+    def cancel_run(self, run_id: str) -> None:
+        """Tell the run's worker to stop."""
+        self._call(self.runs.cancel, run_id)
+
+    def _call(self, func: Any, *args: Any) -> None:
+        # In the loop's own thread: waking a held beat touches asyncio objects.
+        if self._loop is not None and not self._loop.is_closed():
+            try:
+                self._loop.call_soon_threadsafe(func, *args)
+            except RuntimeError:
+                pass  # the loop has ended, and the runs with it
+
+    # --- in the thread --------------------------------------------------------
+
+    def _run(self, bound: Future[int]) -> None:
+        try:
+            with asyncio.Runner() as runner:
+                runner.run(self._serve(bound))
+        except BaseException as exc:
+            if not bound.done():
+                bound.set_exception(exc)
+            else:
+                logger.exception("the callback listener on %s:%s failed", self.host, self.port)
+            if not isinstance(exc, Exception):
+                raise
+
+    async def _serve(self, bound: Future[int]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        app = web.Application(middlewares=[self.guard.middleware], client_max_size=0)
+        app.add_routes(Routes(self.runs, self.guard).table())
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            handler_cancellation=True,
+            keepalive_timeout=KEEP_ALIVE_SECONDS,
+            lingering_time=0,
+            auto_decompress=False,
+            max_line_size=4096,
+            max_field_size=4096,
+            shutdown_timeout=0.25,
+        )
+        await runner.setup()
+        sweeper: asyncio.Task[None] | None = None
+        try:
+            site = web.TCPSite(runner, self.host, self.port, backlog=BACKLOG, reuse_address=True)
+            await site.start()
+            server = runner.server
+            if server is None:
+                raise RuntimeError("aiohttp started no server")
+            address = runner.addresses[0]
+            self._socket = _listening_socket(site)
+            sweeper = asyncio.create_task(self.guard.sweep(server))
+            bound.set_result(int(address[1]))
+            await self._stop.wait()
+        finally:
+            if sweeper is not None:
+                sweeper.cancel()
+            await runner.cleanup()
+
+
+def _listening_socket(site: web.TCPSite) -> Any:
+    # aiohttp has no public way to the socket; it is needed only to close it in a forked child.
+    server = getattr(site, "_server", None)
+    sockets = getattr(server, "sockets", None) or ()
+    return next((getattr(sock, "_sock", sock) for sock in sockets), None)

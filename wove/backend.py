@@ -1,0 +1,144 @@
+"""The callback transport as adapters see it: payloads going out, the URL to come back to."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from wove.errors import ConfigurationError, EncodeError
+from wove.security import NONCE_SIZE, SecretRing, run_key, seal_payload, webhook_token
+from wove.wire import encode_callable, encode_value, pack_message
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer, Mapping  # type: ignore[attr-defined]
+
+    from wove.frames import Frame
+
+#: Messages from this size, in bytes, do not pass through the broker: workers fetch them.
+FETCH_FROM = 256 * 1024
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltPayload:
+    """A run ready to be submitted.
+
+    Attributes:
+        blob: the signed bytes for the broker.
+        nonce: from which both sides derive the key of the run's events.
+        message: what workers fetch, for a message too large for the broker; else None.
+    """
+
+    blob: bytes
+    nonce: bytes
+    message: list[Buffer] | None
+
+
+def build_payload(
+    frame: Frame, *, environment: str, ring: SecretRing, callback_url: str
+) -> BuiltPayload:
+    """Encode and sign a ``run_task`` frame.
+
+    Raises:
+        EncodeError: the callable or an argument cannot be sent; nothing was submitted.
+    """
+    attachments: list[Buffer] = []
+    delivery = frame.get("delivery") or {}
+    nonce = secrets.token_bytes(NONCE_SIZE)
+    head = {
+        "v": VERSION,
+        "run_id": frame["run_id"],
+        "task_id": frame["task_id"],
+        "attempt": delivery.get("attempt", 1),
+        "nonce": nonce,
+        "callback": callback_url,
+        "sent_at": time.time(),
+        "heartbeat": delivery.get("heartbeat_seconds"),
+    }
+    call = {
+        "callable": encode_callable(frame["callable"], attachments),
+        "args": _encode_arguments(list(frame.get("positional", ())), dict(frame["args"]), attachments),
+    }
+    if sum(memoryview(part).nbytes for part in attachments) < FETCH_FROM:
+        message = pack_message({**head, **call}, attachments)
+        return BuiltPayload(seal_payload(ring, environment, message), nonce, None)
+    large = pack_message(call, attachments)
+    digest = hashlib.sha256()
+    for part in large:
+        digest.update(part)
+    size = sum(memoryview(part).nbytes for part in large)
+    message = pack_message({**head, "fetch": [size, digest.digest()]}, [])
+    return BuiltPayload(seal_payload(ring, environment, message), nonce, large)
+
+
+def _encode_arguments(positional: list[Any], keywords: dict[str, Any], attachments: list[Buffer]) -> list[Any]:
+    try:
+        return encode_value([positional, keywords], attachments)
+    except EncodeError:
+        # Together they are encoded at once; one by one they tell which of them it is.
+        for name, value in [*((f"argument {i}", v) for i, v in enumerate(positional)), *keywords.items()]:
+            try:
+                encode_value(value, [])
+            except EncodeError as exc:
+                raise EncodeError(f"{name}: {exc}") from exc.__cause__
+        raise
+
+
+def as_text(blob: bytes) -> str:
+    """Return the payload for backends whose messages hold only text."""
+    return base64.b64encode(blob).decode("ascii")
+
+
+def summarize_call(frame: Frame) -> str:
+    """Describe the arguments by name and type, for logs and dashboards; never by value.
+
+    Values may be secrets, and may be large.
+    """
+    parts = [f"<{type(value).__name__}>" for value in frame.get("positional", ())]
+    parts += [f"{name}=<{type(value).__name__}>" for name, value in frame["args"].items()]
+    return f"({', '.join(parts)})"[:300]
+
+
+def failure_webhook(
+    run_id: str, nonce: bytes, *, environment: str, ring: SecretRing, callback_url: str
+) -> dict[str, str]:
+    """Return the ``url`` and ``token`` by which a backend itself reports that a run has failed."""
+    key = run_key(ring.primary, environment, run_id, nonce)
+    return {"url": f"{callback_url}/wove/v1/failed/{run_id}", "token": webhook_token(key, run_id)}
+
+
+def resolve_callback_url(config: Mapping[str, Any], host: str, port: int) -> str:
+    """Return the URL that workers call: ``callback_url``, or the listener's own address.
+
+    ``{hostname}`` and ``{port}`` in ``callback_url`` are filled in.
+
+    Raises:
+        ConfigurationError: an unusable URL, or a wildcard address without ``callback_url``.
+    """
+    configured = config.get("callback_url")
+    if configured is None:
+        if host in ("0.0.0.0", "::", ""):  # noqa: S104 - compared, not bound
+            raise ConfigurationError(
+                f'callback_host "{host}" listens on every address, and workers need one of them: set '
+                'executor_config["callback_url"], for example "http://{hostname}:{port}"'
+            )
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if not isinstance(configured, str) or not configured.startswith(("http://", "https://")):
+        raise ConfigurationError(
+            f'executor_config["callback_url"] begins with http:// or https://; got {configured!r}'
+        )
+    try:
+        url = configured.format(hostname=os.environ.get("HOSTNAME") or socket.gethostname(), port=port)
+    except (KeyError, IndexError, ValueError) as exc:
+        raise ConfigurationError(
+            f'executor_config["callback_url"] may contain {{hostname}} and {{port}}, nothing else in braces; '
+            f"got {configured!r} ({type(exc).__name__}: {exc})"
+        ) from None
+    return url.rstrip("/")

@@ -1,0 +1,409 @@
+"""Drives one environment: its executor, its run table and its timers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from wove import frames
+from wove.delivery import DeliveryPolicy, Outcome, RunTable
+from wove.errors import (
+    ConfigurationError,
+    DeliveryOrphanedError,
+    EnvironmentExecutionError,
+    WoveError,
+    safe_text,
+)
+from wove.wire import callable_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+
+    from wove.delivery import Run
+    from wove.executors.base import EnvironmentExecutor
+    from wove.frames import Frame
+
+    OnProgress = Callable[[Mapping[str, Any]], None]
+
+logger = logging.getLogger("wove.dispatch")
+
+#: How long, in seconds, starting and stopping an executor may take.
+START_SECONDS = 30.0
+STOP_SECONDS = 4.0
+#: The receiver lets other tasks run after so many events without a pause.
+EVENTS_PER_TURN = 200
+
+
+class Dispatcher:
+    """One started environment.
+
+    Args:
+        name: the environment's name.
+        executor: carries its frames.
+        executor_config: handed to the executor.
+        defaults: settings of the definition, then of the runtime (``delivery_*`` keys).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        executor: EnvironmentExecutor,
+        executor_config: Mapping[str, Any],
+        defaults: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self.name = name
+        self.executor = executor
+        self._config = executor_config
+        self._defaults = tuple(defaults)
+        self._policy = self._resolve(None)
+        self._waiters: dict[str, _Waiter] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._slots: asyncio.Semaphore | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._receiver: asyncio.Task[None] | None = None
+        self._broken: BaseException | None = None
+        self._stopping = False
+
+    @property
+    def policy(self) -> DeliveryPolicy:
+        """The delivery settings of a run that sets none of its own."""
+        return self._policy
+
+    def _resolve(self, overrides: Mapping[str, Any] | None) -> DeliveryPolicy:
+        return DeliveryPolicy.resolve(
+            overrides, *self._defaults, heartbeat_seconds=self.executor.default_heartbeat_seconds
+        )
+
+    # --- life --------------------------------------------------------------
+
+    async def start(self, run_config: Mapping[str, Any]) -> None:
+        """Start the executor and the receiver.
+
+        Raises:
+            Exception: whatever the executor's ``start`` raises, after it was stopped again.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.table = RunTable(self.name, self._loop.time)
+        if self._policy.max_in_flight is not None:
+            self._slots = asyncio.Semaphore(self._policy.max_in_flight)
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await self.executor.start(
+                    environment_name=self.name, environment_config=self._config, run_config=run_config
+                )
+        except BaseException:
+            await self._stop_executor()
+            raise
+        self._receiver = self._spawn(self._receive(), f"wove-receiver-{self.name}")
+
+    async def stop(self) -> None:
+        """End every open run by its orphan policy, then stop the executor. Idempotent."""
+        if self._stopping:
+            return
+        self._stopping = True
+        cancels = [self._orphan(run) for run in self.table.open_runs()]
+        frames_to_send = [frame for frame in cancels if frame is not None]
+        if frames_to_send and self._broken is None:
+            await self._within(STOP_SECONDS / 2, self._send_all(frames_to_send), "cancelling open runs")
+        if self._timer is not None:
+            self._timer.cancel()
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
+        await self._stop_executor()
+
+    def _orphan(self, run: Run) -> Frame | None:
+        policy = run.policy.orphan_policy
+        waiter = self._waiters.get(run.run_id)
+        if policy == "cancel":
+            self.table.fail(run.run_id, asyncio.CancelledError())
+            if waiter is not None:
+                waiter.cancel(f"environment {self.name!r} was stopped")
+        else:
+            text = "its work was cancelled" if policy == "fail" else "its work runs on"
+            error = DeliveryOrphanedError(
+                f"run {run.run_id} of {run.task_id}: environment {self.name!r} was stopped; {text}"
+            )
+            outcome = self.table.fail(run.run_id, error)
+            if outcome is not None:
+                self._settle(outcome)
+        return None if policy == "detach" else _cancel_frame(run)
+
+    async def _send_all(self, batch: list[Frame]) -> None:
+        await asyncio.gather(*(self.executor.send(frame) for frame in batch), return_exceptions=True)
+
+    async def _stop_executor(self) -> None:
+        await self._within(STOP_SECONDS, self.executor.stop(), "stopping the executor")
+
+    async def _within(self, seconds: float, work: Coroutine[Any, Any, None], what: str) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await work
+        except TimeoutError:
+            logger.warning("environment %r: %s took longer than %g s; gave up", self.name, what, seconds)
+        except Exception:
+            logger.exception("environment %r: %s failed", self.name, what)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        # The set keeps a reference: the loop alone would let a task be collected.
+        task = self._loop.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # --- one call ----------------------------------------------------------
+
+    async def call(
+        self,
+        func: Callable[..., Any],
+        positional: Sequence[Any],
+        keywords: Mapping[str, Any],
+        *,
+        task_id: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Any:
+        """Run ``func`` in the environment and return its result.
+
+        Raises:
+            Exception: what the function raised, with the remote traceback as its cause.
+            EnvironmentExecutionError: it failed and its exception cannot be rebuilt here.
+            WorkerLostError: its worker died.
+            DeliveryTimeoutError: a delivery deadline passed.
+            EncodeError: an argument cannot be sent; nothing was submitted.
+        """
+        policy = self._resolve(settings) if settings else self._policy
+        if policy.max_in_flight != self._policy.max_in_flight:
+            raise ConfigurationError(
+                "delivery_max_in_flight belongs to an environment's definition: it bounds all its runs together"
+            )
+        if not callable(func):
+            raise TypeError(f"run() takes a callable, not {type(func).__name__}")
+        if self._slots is None:
+            return await self._call(func, positional, keywords, task_id, policy, on_progress)
+        async with self._slots:
+            return await self._call(func, positional, keywords, task_id, policy, on_progress)
+
+    async def _call(
+        self,
+        func: Callable[..., Any],
+        positional: Sequence[Any],
+        keywords: Mapping[str, Any],
+        task_id: str | None,
+        policy: DeliveryPolicy,
+        on_progress: OnProgress | None,
+    ) -> Any:
+        self._check_usable()
+        run = self.table.open(secrets.token_hex(16), task_id or callable_name(func), policy)
+        frame: Frame = {
+            "type": frames.RUN_TASK,
+            "run_id": run.run_id,
+            "task_id": run.task_id,
+            "callable": func,
+            "args": dict(keywords),
+            "delivery": _delivery(policy, run.attempt),
+        }
+        if positional:
+            frame["positional"] = tuple(positional)
+        waiter = _Waiter(self._loop.create_future(), on_progress)
+        self._waiters[run.run_id] = waiter
+        self._set_timer()
+        # A task of its own: deadlines hold while `send` hangs.
+        waiter.sending = self._spawn(self._submit(run, frame), "wove-submit")
+        try:
+            return await waiter.future
+        except asyncio.CancelledError:
+            await self._abandon(run)
+            raise
+        finally:
+            self._waiters.pop(run.run_id, None)
+
+    def _check_usable(self) -> None:
+        if self._stopping:
+            raise WoveError(f"environment {self.name!r} is stopped")
+        if self._broken is not None:
+            raise EnvironmentExecutionError(
+                {
+                    "kind": type(self._broken).__name__,
+                    "message": f"environment {self.name!r} is out of order: {safe_text(self._broken)}",
+                    "traceback": "",
+                    "retryable": False,
+                    "source": "executor",
+                }
+            ) from self._broken
+
+    async def _submit(self, run: Run, frame: Frame) -> None:
+        try:
+            await self.executor.send(frame)
+        except Exception as exc:
+            self._settle(self.table.fail(run.run_id, exc))
+        else:
+            self.table.submitted(run.run_id)
+
+    async def _abandon(self, run: Run) -> None:
+        """The caller was cancelled: cancel the work, as the policy says."""
+        if run.run_id not in self.table:
+            return
+        waiter = self._waiters[run.run_id]
+        outcome = self.table.cancel(run.run_id)
+        if outcome is not None:
+            self._settle(outcome)
+            return
+        waiter.renew(self._loop)
+        self._set_timer()
+        self._stop_work(run, waiter)
+        # A second cancellation of the caller ends the wait; the work stays cancelled.
+        answer = await asyncio.wait({waiter.future})
+        del answer
+
+    def _stop_work(self, run: Run, waiter: _Waiter | None) -> None:
+        if waiter is not None and waiter.sending is not None and not waiter.sending.done():
+            waiter.sending.cancel()
+        if not self._stopping:
+            self._spawn(self._send_cancel(run), "wove-cancel")
+
+    async def _send_cancel(self, run: Run) -> None:
+        try:
+            await self.executor.send(_cancel_frame(run))
+        except Exception:
+            logger.warning("environment %r: cancelling run %s failed", self.name, run.run_id, exc_info=True)
+
+    # --- what comes back ---------------------------------------------------
+
+    async def _receive(self) -> None:
+        try:
+            count = 0
+            while True:
+                self._take(await self.executor.recv())
+                count += 1
+                if count % EVENTS_PER_TURN == 0:
+                    await asyncio.sleep(0)
+        except Exception as exc:
+            logger.exception("environment %r: its executor stopped receiving", self.name)
+            self._broken = exc
+            for run in self.table.open_runs():
+                try:
+                    self._check_usable()
+                except WoveError as error:
+                    self._settle(self.table.fail(run.run_id, error))
+
+    def _take(self, frame: Frame) -> None:
+        outcome = self.table.apply(frame)
+        if outcome is not None:
+            self._settle(outcome)
+        elif frame.get("type") in (frames.PROGRESS, frames.LOG):
+            waiter = self._waiters.get(frame.get("run_id", ""))
+            if waiter is not None:
+                waiter.report(frame)
+        else:
+            self._set_timer()
+
+    def _settle(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        run = outcome.run
+        waiter = self._waiters.get(run.run_id)
+        if outcome.cancel_work:
+            self._stop_work(run, waiter)
+        if waiter is not None:
+            waiter.settle(outcome)
+        if outcome.kind == "timeout" and outcome.exception is None:
+            logger.warning(
+                "environment %r: run %s of %s was cancelled, and its worker did not acknowledge that within "
+                "delivery_cancel_timeout=%g s",
+                self.name, run.run_id, run.task_id, run.policy.cancel_timeout,
+            )  # fmt: skip
+
+    # --- clocks ------------------------------------------------------------
+
+    def _set_timer(self) -> None:
+        due = self.table.next_deadline()
+        if due is None:
+            return
+        if self._timer is not None and not self._timer.cancelled():
+            if self._loop.time() < self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        for outcome in self.table.expire():
+            self._settle(outcome)
+        self._set_timer()
+
+
+class _Waiter:
+    """The caller's end of a run."""
+
+    __slots__ = ("future", "on_progress", "sending")
+
+    def __init__(self, future: asyncio.Future[Any], on_progress: OnProgress | None) -> None:
+        self.future = future
+        self.on_progress = on_progress
+        self.sending: asyncio.Task[None] | None = None
+
+    def renew(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait anew: a cancelled future takes no outcome."""
+        self.future = loop.create_future()
+        self.on_progress = None
+
+    def cancel(self, reason: str) -> None:
+        self.future.cancel(reason)
+
+    def settle(self, outcome: Outcome) -> None:
+        if self.future.done():
+            return
+        if outcome.kind == "result":
+            self.future.set_result(outcome.value)
+        elif outcome.exception is not None:
+            self.future.set_exception(outcome.exception)
+        else:
+            self.future.set_exception(_remotely_cancelled(outcome.run))
+        # A caller that was cancelled meanwhile does not fetch it.
+        if self.future.done() and not self.future.cancelled():
+            self.future.exception()
+
+    def report(self, frame: Frame) -> None:
+        if self.on_progress is None:
+            return
+        try:
+            self.on_progress(frame)
+        except Exception:
+            logger.exception("on_progress failed for run %s", frame.get("run_id"))
+
+
+def _remotely_cancelled(run: Run) -> Exception:
+    return EnvironmentExecutionError(
+        {
+            "kind": "TaskCancelled",
+            "message": f"run {run.run_id} of {run.task_id} was cancelled on the other side, not by its caller",
+            "traceback": "",
+            "retryable": False,
+            "source": "backend",
+        }
+    )
+
+
+def _cancel_frame(run: Run) -> Frame:
+    return {
+        "type": frames.CANCEL_TASK,
+        "run_id": run.run_id,
+        "task_id": run.task_id,
+        "delivery": _delivery(run.policy, run.attempt),
+    }
+
+
+def _delivery(policy: DeliveryPolicy, attempt: int) -> dict[str, Any]:
+    return {
+        "attempt": attempt,
+        "timeout": policy.timeout,
+        "heartbeat_seconds": policy.heartbeat_seconds,
+        "cancel_mode": policy.cancel_mode,
+    }
+
+

@@ -1,0 +1,152 @@
+"""The exceptions of Wove, and how an exception becomes plain data."""
+
+from __future__ import annotations
+
+import traceback as _traceback
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+#: Longest traceback or message text, in characters, that an error payload carries.
+MAX_TEXT = 16_000
+
+
+class WoveError(RuntimeError):
+    """Root of every exception that Wove itself raises."""
+
+
+class MissingDispatchFeatureError(WoveError):
+    """An optional dependency, or a feature this version does not carry, is needed."""
+
+
+class ConfigurationError(WoveError, ValueError):
+    """A definition or ``executor_config`` holds a key or value that cannot be used."""
+
+
+class ProtocolError(WoveError):
+    """Bytes or a frame do not follow the wire format."""
+
+
+class EncodeError(WoveError, TypeError):
+    """A value cannot be carried to the other side; the message names its type."""
+
+
+class PayloadRejectedError(WoveError):
+    """A worker refused a payload: it is not signed with a secret the worker knows."""
+
+
+class SubmitError(WoveError):
+    """The backend did not accept a run; ``maybe_accepted`` says whether it is certain."""
+
+    def __init__(self, message: str, *, maybe_accepted: bool = False) -> None:
+        super().__init__(message)
+        self.maybe_accepted = maybe_accepted
+
+
+class DeliveryTimeoutError(WoveError, TimeoutError):
+    """A delivery deadline passed before the run's outcome (or its start) arrived."""
+
+    # TimeoutError is an OSError, whose ``__str__`` wants errno and strerror.
+    __str__ = RuntimeError.__str__
+
+
+class DeliveryOrphanedError(WoveError):
+    """The environment was stopped while the run was open; nobody waits for it now."""
+
+
+class EnvironmentExecutionError(WoveError):
+    """A run failed on the other side and its own exception could not be rebuilt here.
+
+    ``payload`` is the dictionary that :func:`normalize_exception` makes:
+    ``kind message traceback retryable source``.
+    """
+
+    def __init__(self, payload: Mapping[str, Any]) -> None:
+        self.payload: dict[str, Any] = dict(payload)
+        kind = self.payload.get("kind") or "Error"
+        message = self.payload.get("message") or ""
+        super().__init__(f"{kind}: {message}" if message else str(kind))
+
+    @property
+    def kind(self) -> str:
+        """The name of the remote exception's class."""
+        return str(self.payload.get("kind") or "")
+
+    def __reduce__(self) -> tuple[type[EnvironmentExecutionError], tuple[dict[str, Any]]]:
+        return (type(self), (self.payload,))
+
+
+class WorkerLostError(EnvironmentExecutionError):
+    """The worker died, or was lost from sight, before it reported an outcome."""
+
+
+class RemoteTraceback(Exception):  # noqa: N818 - it is a text, shown as the cause of an error
+    """Carries the traceback text of the other side as the ``__cause__`` of an error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text.rstrip()}\n"""'
+
+
+def safe_text(value: object, limit: int = MAX_TEXT) -> str:
+    """Return ``str(value)``, or a stand-in where that raises, cut to ``limit`` characters."""
+    try:
+        text = str(value)
+    except Exception as exc:
+        text = f"<{type(value).__name__}: its text failed with {type(exc).__name__}>"
+    return cut(text, limit)
+
+
+def cut(text: str, limit: int = MAX_TEXT) -> str:
+    """Shorten ``text`` in the middle: the ends of a traceback tell the most."""
+    # Lone surrogates cannot be sent as UTF-8.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    if len(text) <= limit:
+        return text
+    half = limit // 2 - 20
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters cut ...]\n{text[-half:]}"
+
+
+def normalize_exception(
+    exc: BaseException, *, source: str = "task", retryable: bool = False
+) -> dict[str, Any]:
+    """Turn an exception into plain data.
+
+    Args:
+        exc: the exception.
+        source: where it arose: ``"task"`` (the user's function), ``"worker"``,
+            ``"backend"`` or ``"executor"``.
+        retryable: whether sending the run again may help.
+
+    Returns:
+        ``{"kind", "message", "traceback", "retryable", "source"}``: the class name,
+        the text, the formatted traceback with its causes, a bool and a string.
+    """
+    return {
+        "kind": type(exc).__name__,
+        "message": safe_text(exc),
+        "traceback": format_traceback(exc),
+        "retryable": retryable,
+        "source": source,
+    }
+
+
+def format_traceback(exc: BaseException) -> str:
+    """Format ``exc`` with its causes, without the leading frames that are Wove's own."""
+    try:
+        lines = _traceback.format_exception(type(exc), exc, _user_part(exc.__traceback__))
+    except Exception as failure:
+        lines = [f"{type(exc).__name__} (its traceback failed with {type(failure).__name__})"]
+    return cut("".join(lines))
+
+
+def _user_part(tb: TracebackType | None) -> TracebackType | None:
+    first = tb
+    while tb is not None and str(tb.tb_frame.f_globals.get("__name__", "")).startswith("wove."):
+        tb = tb.tb_next
+    return tb or first

@@ -1,0 +1,483 @@
+"""How values, callables and messages become bytes.
+
+A *message* is an envelope (small, plain data) followed by attachments (raw bytes)::
+
+    u32 length of the envelope | envelope (msgpack map) | attachment 0 | attachment 1 | ...
+
+The envelope lists the attachments' sizes under ``"sizes"``. Users' values stand in
+attachments, so that the envelope can be decoded under tight limits and a large array is
+never copied into another buffer. A value is described by ``[codec, first, count]``: its
+codec, the index of its first attachment and how many it has. Codecs:
+
+``data``    plain msgpack
+``tagged``  msgpack in which ``{"__wove__": tag, "v": ...}`` stands for a tuple, a set, ...
+``pickle``  a pickle (protocol 5), followed by its out-of-band buffers
+
+A value travels as the first of these that gives it back exactly. JSON peers write values
+inline, in the ``tagged`` form.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import pickle
+import struct
+import sys
+from datetime import date, datetime, time, timedelta, timezone
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from wove.errors import EncodeError, MissingDispatchFeatureError, ProtocolError, safe_text
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer, Callable, Mapping, Sequence  # type: ignore[attr-defined]
+
+try:
+    import msgpack
+except ImportError:  # the base install has no dependencies
+    msgpack = None  # type: ignore[assignment]
+
+#: The key that marks a tagged value; mappings that use it themselves are tagged too.
+TAG = "__wove__"
+#: Envelope limits: a body of hostile nesting or claimed lengths is refused in microseconds.
+MAX_ENVELOPE = 4 * 1024 * 1024
+MAX_ENTRIES = 64
+#: Limits of plain data: what is larger or deeper travels as a pickle.
+MAX_DEPTH = 64
+MAX_SEQUENCE = 1_000_000
+MAX_MAPPING = 100_000
+#: Buffers from this size, in bytes, travel out of band: below it a copy is cheaper.
+OUT_OF_BAND_FROM = 64 * 1024
+
+_HEAD = struct.Struct(">I")
+_SCALARS = frozenset({type(None), bool, int, float, str, bytes})
+#: Types that are tagged, by where they are defined: looking them up in ``sys.modules``
+#: spares a worker the import of modules that no value of its run comes from.
+_TAGGED_SCALARS = {
+    ("datetime", "datetime"): "datetime",
+    ("datetime", "date"): "date",
+    ("datetime", "time"): "time",
+    ("datetime", "timedelta"): "timedelta",
+    ("decimal", "Decimal"): "decimal",
+    ("uuid", "UUID"): "uuid",
+}
+_PLAIN, _TAGGED, _OTHER = 0, 1, 2
+
+Descriptor = list[Any]
+
+
+def require_msgpack() -> None:
+    """Raise MissingDispatchFeatureError, with the command that mends it, without msgpack."""
+    if msgpack is None:
+        raise MissingDispatchFeatureError(
+            'Sending work outside this process needs msgpack: pip install "wove[dispatch]"'
+        )
+
+
+# --- values -----------------------------------------------------------------
+
+
+def encode_value(value: Any, attachments: list[Buffer]) -> Descriptor:
+    """Append ``value`` to ``attachments`` and return its descriptor.
+
+    Raises:
+        EncodeError: no codec can carry the value; the message names its type.
+    """
+    require_msgpack()
+    first = len(attachments)
+    shape = _shape(value, 0, set())
+    if shape != _OTHER:
+        try:
+            codec, data = _pack_plain(value, shape)
+        except (ValueError, OverflowError, TypeError, RecursionError):
+            pass  # lone surrogates, for one; a pickle carries them
+        else:
+            attachments.append(data)
+            return [codec, first, 1]
+    try:
+        attachments.extend(_pickle(value, MAX_ENTRIES - len(attachments) - 2))
+    except MissingDispatchFeatureError:
+        raise
+    except Exception as exc:
+        raise EncodeError(
+            f"a value of type {_type_name(value)} cannot be sent: {type(exc).__name__}: {safe_text(exc, 400)}"
+        ) from exc
+    return ["pickle", first, len(attachments) - first]
+
+
+def decode_value(descriptor: Any, attachments: Sequence[memoryview]) -> Any:
+    """Rebuild a value. Only for bytes whose signature was verified: a pickle runs code.
+
+    Raises:
+        ProtocolError: the descriptor or the bytes are malformed.
+        Exception: whatever unpickling the value raises, such as ImportError.
+    """
+    codec, parts = _attached(descriptor, attachments)
+    if codec == "pickle":
+        buffers = [part if not part.readonly else memoryview(bytearray(part)) for part in parts[1:]]
+        return pickle.loads(parts[0], buffers=buffers)
+    if codec not in ("data", "tagged") or len(parts) != 1:
+        raise ProtocolError(f"unknown value codec {safe_text(codec, 40)!r}")
+    return _unpack_plain(parts[0], tagged=codec == "tagged")
+
+
+def _attached(descriptor: Any, attachments: Sequence[memoryview]) -> tuple[Any, list[memoryview]]:
+    if type(descriptor) is not list or len(descriptor) != 3:
+        raise ProtocolError("a value's descriptor is [codec, first, count]")
+    codec, first, count = descriptor
+    if type(first) is not int or type(count) is not int or first < 0 or count < 1:
+        raise ProtocolError("a value's descriptor is [codec, first, count]")
+    if first + count > len(attachments):
+        raise ProtocolError("a value's attachment is missing")
+    return codec, list(attachments[first : first + count])
+
+
+def _pack_plain(value: Any, shape: int) -> tuple[str, bytes]:
+    if shape == _PLAIN:
+        try:
+            return "data", msgpack.packb(value, use_bin_type=True)
+        except OverflowError:
+            pass  # an integer beyond 64 bits: tagged
+    return "tagged", msgpack.packb(to_tagged(value), use_bin_type=True)
+
+
+def _unpack_plain(data: Buffer, *, tagged: bool) -> Any:
+    try:
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=False,
+            object_hook=_untag if tagged else None,
+            max_array_len=MAX_SEQUENCE,
+            max_map_len=MAX_MAPPING,
+            max_ext_len=0,
+            ext_hook=_refuse_extension,
+        )
+    except ProtocolError:
+        raise
+    except Exception as exc:
+        raise ProtocolError(f"malformed data: {type(exc).__name__}: {safe_text(exc, 200)}") from exc
+
+
+def _refuse_extension(code: int, data: bytes) -> Any:
+    raise ProtocolError(f"msgpack extension type {code} is not part of this protocol")
+
+
+def _shape(value: Any, depth: int, seen: set[int]) -> int:
+    """Tell how ``value`` can travel.
+
+    A container met twice is no tree any more: only a pickle gives the sharing back, and
+    walking it again could take exponential time.
+    """
+    cls = type(value)
+    if cls in _SCALARS:
+        return _PLAIN
+    if cls in (list, dict, tuple, set, frozenset):
+        if depth > MAX_DEPTH or len(value) > (MAX_MAPPING if cls is dict else MAX_SEQUENCE):
+            return _OTHER
+        if value:
+            if id(value) in seen:
+                return _OTHER
+            seen.add(id(value))
+        return _container_shape(cls, value, depth, seen)
+    return _TAGGED if _scalar_tag(value) else _OTHER
+
+
+def _container_shape(cls: type, value: Any, depth: int, seen: set[int]) -> int:
+    shape = _PLAIN if cls in (list, dict) else _TAGGED
+    members: Any = value
+    if cls is dict:
+        if TAG in value or not _SCALARS.issuperset(map(type, value)):
+            shape = _TAGGED
+            members = [*value, *value.values()]
+        else:
+            members = value.values()
+    # Large flat lists are the common large case; one pass in C settles them.
+    if _SCALARS.issuperset(map(type, members)):
+        return shape
+    for member in members:
+        inner = _shape(member, depth + 1, seen)
+        if inner == _OTHER:
+            return _OTHER
+        shape = max(shape, inner)
+    return shape
+
+
+def _scalar_tag(value: Any) -> str | None:
+    cls = type(value)
+    tag = _TAGGED_SCALARS.get((cls.__module__, cls.__qualname__))
+    if tag is None or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+        return None
+    if tag in ("datetime", "time") and (value.fold or not _plain_zone(value.tzinfo)):
+        return None
+    if tag == "uuid" and value.is_safe.value is not None:
+        return None
+    return tag
+
+
+def _plain_zone(zone: Any) -> bool:
+    # A named zone would come back as a bare offset.
+    return zone is None or (
+        type(zone) is timezone and repr(zone) == repr(timezone(zone.utcoffset(None)))
+    )
+
+
+def to_tagged(value: Any, *, for_json: bool = False) -> Any:
+    """Rewrite plain data so that msgpack (or JSON) gives it back exactly.
+
+    Raises:
+        EncodeError: a part of the value is not plain data.
+    """
+    cls = type(value)
+    if cls in (str, bool, type(None)):
+        return value
+    if cls is int:
+        limit = 2**53 if for_json else 2**63
+        return value if -limit <= value < limit else {TAG: "int", "v": hex(value)}
+    if cls is float:
+        if for_json and (value != value or value in (float("inf"), float("-inf"))):
+            return {TAG: "float", "v": repr(value)}
+        return value
+    if cls is bytes:
+        return {TAG: "bytes", "v": base64.b64encode(value).decode("ascii")} if for_json else value
+    again = partial(to_tagged, for_json=for_json)
+    if cls is list:
+        return [again(item) for item in value]
+    if cls is dict:
+        return _tag_mapping(value, again, for_json)
+    if cls in (tuple, set, frozenset):
+        return {TAG: cls.__name__, "v": [again(item) for item in value]}
+    tag = _scalar_tag(value)
+    if tag is None:
+        raise EncodeError(f"a value of type {_type_name(value)} is not plain data")
+    return {TAG: tag, "v": _scalar_text(tag, value)}
+
+
+def _tag_mapping(value: dict[Any, Any], again: Callable[[Any], Any], for_json: bool) -> Any:
+    keys = {str} if for_json else _SCALARS
+    if TAG not in value and all(type(key) in keys for key in value):
+        return {key: again(item) for key, item in value.items()}
+    return {TAG: "dict", "v": [[again(key), again(item)] for key, item in value.items()]}
+
+
+def _scalar_text(tag: str, value: Any) -> Any:
+    if tag == "timedelta":
+        return [value.days, value.seconds, value.microseconds]
+    if tag in ("decimal", "uuid"):
+        return str(value)
+    return value.isoformat()
+
+
+def from_tagged(value: Any) -> Any:
+    """Undo :func:`to_tagged` on decoded JSON data.
+
+    Raises:
+        ProtocolError: an unknown tag, or a tag with a value that does not fit it.
+    """
+    if type(value) is list:
+        return [from_tagged(item) for item in value]
+    if type(value) is dict:
+        return _untag({key: from_tagged(item) for key, item in value.items()})
+    return value
+
+
+def _untag(mapping: dict[Any, Any]) -> Any:
+    if TAG not in mapping:
+        return mapping
+    rebuild = _REBUILD.get(mapping[TAG]) if type(mapping[TAG]) is str else None
+    if rebuild is None or len(mapping) != 2 or "v" not in mapping:
+        raise ProtocolError(f"unknown tag {safe_text(mapping[TAG], 40)!r}")
+    try:
+        return rebuild(mapping["v"])
+    except Exception as exc:
+        raise ProtocolError(f"malformed {mapping[TAG]}: {type(exc).__name__}") from exc
+
+
+def _from_module(module: str, name: str) -> Callable[[Any], Any]:
+    return lambda value: getattr(importlib.import_module(module), name)(value)
+
+
+_REBUILD: dict[str, Callable[[Any], Any]] = {
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "dict": lambda pairs: {key: value for key, value in pairs},  # noqa: C416 - two items each, or an error
+    "int": lambda text: int(text, 16),
+    "float": float,
+    "bytes": lambda text: base64.b64decode(text, validate=True),
+    "datetime": datetime.fromisoformat,
+    "date": date.fromisoformat,
+    "time": time.fromisoformat,
+    "timedelta": lambda parts: timedelta(*parts),
+    "decimal": _from_module("decimal", "Decimal"),
+    "uuid": _from_module("uuid", "UUID"),
+}
+
+
+def _pickle(value: Any, max_buffers: int) -> list[Buffer]:
+    buffers: list[Buffer] = []
+
+    def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            view = buffer.raw()
+        except BufferError:  # not contiguous
+            return True
+        if view.nbytes < OUT_OF_BAND_FROM or len(buffers) >= max_buffers:
+            return True
+        buffers.append(view)
+        return False
+
+    if not _by_value_modules():
+        try:
+            data = pickle.dumps(value, 5, buffer_callback=keep_in_band)
+        except Exception:
+            buffers.clear()
+        else:
+            # What lives in __main__ is not importable on the other side.
+            if b"__main__" not in data and b"__mp_main__" not in data:
+                return [data, *buffers]
+            buffers.clear()
+    data = _cloudpickle().dumps(value, protocol=5, buffer_callback=keep_in_band)
+    return [data, *buffers]
+
+
+def _by_value_modules() -> bool:
+    # Respect cloudpickle.register_pickle_by_value without importing cloudpickle.
+    module = sys.modules.get("cloudpickle")
+    return module is not None and bool(module.list_registry_pickle_by_value())
+
+
+def _cloudpickle() -> Any:
+    try:
+        import cloudpickle
+    except ImportError:
+        raise MissingDispatchFeatureError(
+            'Sending functions and objects by value needs cloudpickle: pip install "wove[dispatch]"'
+        ) from None
+    return cloudpickle
+
+
+def _type_name(value: Any) -> str:
+    cls = type(value)
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+# --- callables --------------------------------------------------------------
+
+
+def callable_name(func: Any) -> str:
+    """Return the dotted name that logs and dashboards show for ``func``."""
+    while isinstance(func, partial):
+        func = func.func
+    named = func if hasattr(func, "__qualname__") else type(func)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def importable_reference(func: Any) -> str | None:
+    """Return ``"module:qualname"`` when importing that gives ``func`` itself, else None."""
+    module, qualname = getattr(func, "__module__", None), getattr(func, "__qualname__", None)
+    if not isinstance(module, str) or not isinstance(qualname, str) or "<" in qualname:
+        return None
+    if module in ("__main__", "__mp_main__") or _by_value_modules():
+        return None
+    found: Any = sys.modules.get(module)
+    try:
+        for name in qualname.split("."):
+            found = getattr(found, name)
+    except AttributeError:
+        return None
+    return f"{module}:{qualname}" if found is func else None
+
+
+def encode_callable(func: Any, attachments: list[Buffer]) -> str | Descriptor:
+    """Describe ``func``: by name where it can be imported, by value otherwise."""
+    return importable_reference(func) or encode_value(func, attachments)
+
+
+def decode_callable(described: Any, attachments: Sequence[memoryview]) -> Any:
+    """Return the callable that :func:`encode_callable` described (verified bytes only).
+
+    Raises:
+        ImportError, AttributeError: a name that cannot be resolved here.
+        ProtocolError: the description is malformed.
+    """
+    if type(described) is not str:
+        return decode_value(described, attachments)
+    module, _, qualname = described.partition(":")
+    if not module or not qualname:
+        raise ProtocolError("a callable's name is module:qualname")
+    found: Any = importlib.import_module(module)
+    for name in qualname.split("."):
+        found = getattr(found, name)
+    return found
+
+
+# --- messages ---------------------------------------------------------------
+
+
+def pack_message(envelope: Mapping[str, Any], attachments: Sequence[Buffer]) -> list[Buffer]:
+    """Return the message as a list of buffers, to be sent (and signed) one after another."""
+    require_msgpack()
+    sizes = [memoryview(part).nbytes for part in attachments]
+    head = msgpack.packb({**envelope, "sizes": sizes}, use_bin_type=True)
+    return [_HEAD.pack(len(head)) + head, *attachments]
+
+
+def unpack_message(body: Buffer) -> tuple[dict[str, Any], list[memoryview]]:
+    """Split a message into its envelope and its attachments.
+
+    Raises:
+        ProtocolError: the bytes are not a message.
+    """
+    require_msgpack()
+    view = memoryview(body)
+    if view.nbytes < _HEAD.size:
+        raise ProtocolError("a message is cut short")
+    (length,) = _HEAD.unpack_from(view)
+    at = _HEAD.size + length
+    if length > MAX_ENVELOPE or at > view.nbytes:
+        raise ProtocolError("a message's envelope is longer than the message, or than allowed")
+    envelope = _unpack_envelope(view[_HEAD.size : at])
+    sizes = envelope.pop("sizes", None)
+    if type(sizes) is not list or any(type(size) is not int or size < 0 for size in sizes):
+        raise ProtocolError("a message's sizes are not whole numbers")
+    if at + sum(sizes) != view.nbytes:
+        raise ProtocolError("a message's attachments do not fill it")
+    parts = []
+    for size in sizes:
+        parts.append(view[at : at + size])
+        at += size
+    return envelope, parts
+
+
+def _unpack_envelope(data: memoryview) -> dict[str, Any]:
+    try:
+        envelope = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            max_array_len=MAX_ENTRIES,
+            max_map_len=MAX_ENTRIES,
+            max_str_len=65_536,
+            max_bin_len=65_536,
+            max_ext_len=0,
+            ext_hook=_refuse_extension,
+        )
+    except Exception as exc:
+        raise ProtocolError(f"malformed envelope: {type(exc).__name__}: {safe_text(exc, 200)}") from exc
+    if type(envelope) is not dict:
+        raise ProtocolError("an envelope is a mapping")
+    return envelope
+
+
+def unpack_json(body: Buffer) -> dict[str, Any]:
+    """Decode a JSON message: one mapping, its values inline in the tagged form."""
+    try:
+        message = json.loads(bytes(body))
+    except (ValueError, RecursionError) as exc:
+        raise ProtocolError(f"malformed JSON: {safe_text(exc, 200)}") from exc
+    if type(message) is not dict:
+        raise ProtocolError("a JSON message is a mapping")
+    return message

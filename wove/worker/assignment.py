@@ -1,0 +1,121 @@
+"""A payload, verified and opened: what this worker is asked to do."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from wove import frames
+from wove.errors import PayloadRejectedError, ProtocolError
+from wove.security import find_secrets, fetch_tag, open_payload, run_key
+from wove.wire import decode_callable, decode_value, unpack_message
+from wove.worker.connection import request, split_url
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from wove.security import SecretRing
+
+#: The version of the payload format that this worker reads.
+VERSION = 1
+
+_rings: dict[tuple[object, ...], SecretRing] = {}
+
+
+class Assignment:
+    """One payload's content. Attributes are plain data; :meth:`load` rebuilds the call."""
+
+    def __init__(self, payload: bytes | str) -> None:
+        """Verify and open ``payload``.
+
+        Raises:
+            PayloadRejectedError: it is not signed with a secret that this worker knows.
+            ProtocolError: it is signed, but not in a form that this version reads.
+        """
+        raw = _raw(payload)
+        self.environment, secret, message = open_payload(_ring(), raw)
+        envelope, self._attachments = unpack_message(message)
+        if envelope.get("v") != VERSION:
+            raise PayloadRejectedError(
+                f"the payload is of version {envelope.get('v')!r} and this worker reads version {VERSION}: "
+                "install the same release of Wove on the submitter and its workers"
+            )
+        try:
+            self.run_id: str = _checked(envelope["run_id"], str)
+            self.task_id: str = _checked(envelope["task_id"], str)
+            self.attempt: int = _checked(envelope["attempt"], int)
+            self.callback: str = _checked(envelope["callback"], str)
+            self.sent_at: float = _checked(envelope["sent_at"], float)
+            self.heartbeat: float | None = envelope.get("heartbeat")
+            nonce = _checked(envelope["nonce"], bytes)
+            self.origin, self.path = split_url(self.callback)
+        except (KeyError, ValueError) as exc:
+            raise ProtocolError(f"malformed payload: {exc}") from None
+        if not frames.is_run_id(self.run_id):
+            raise ProtocolError("malformed payload: run_id")
+        self.kid = secret.kid
+        self.key = run_key(secret, self.environment, self.run_id, nonce)
+        self._envelope = envelope
+
+    def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """Return the callable, its positional and its keyword arguments.
+
+        A large message is first fetched from the callback server.
+
+        Raises:
+            Exception: whatever importing or unpickling raises; OSError when fetching fails.
+        """
+        envelope: Mapping[str, Any] = self._envelope
+        attachments = self._attachments
+        if "fetch" in envelope:
+            envelope, attachments = unpack_message(self._fetch(envelope["fetch"]))
+        func = decode_callable(envelope.get("callable"), attachments)
+        if not callable(func):
+            raise TypeError(f"{envelope.get('callable')!r} is not callable here, but {type(func).__name__}")
+        arguments = decode_value(envelope.get("args"), attachments)
+        if type(arguments) is not list or len(arguments) != 2:
+            raise ProtocolError("malformed payload: args")
+        self._attachments = []
+        return func, tuple(arguments[0]), dict(arguments[1])
+
+    def _fetch(self, claim: Any) -> bytes | bytearray:
+        if type(claim) is not list or len(claim) != 2 or type(claim[0]) is not int or type(claim[1]) is not bytes:
+            raise ProtocolError("malformed payload: fetch")
+        size, digest = claim
+        headers = {"Wove-Key": self.kid, "Wove-Signature": fetch_tag(self.key, self.run_id).hex()}
+        path = f"{self.path}/wove/v1/payloads/{self.run_id}"
+        reply = request(self.origin, "GET", path, headers, timeout=30.0, max_reply=size)
+        if reply.status != 200:
+            raise ConnectionError(f"the callback server answered {reply.status} for the run's arguments")
+        if hashlib.sha256(reply.body).digest() != digest:
+            raise ProtocolError("the run's arguments changed while they were sent: do not modify them meanwhile")
+        return reply.body
+
+
+def _raw(payload: bytes | str) -> bytes:
+    if isinstance(payload, str):
+        try:
+            return base64.b64decode(payload, validate=True)
+        except ValueError:
+            raise PayloadRejectedError("not a Wove payload: neither bytes nor base64 text") from None
+    if isinstance(payload, (bytes, bytearray, memoryview)):
+        return bytes(payload)
+    raise PayloadRejectedError(f"not a Wove payload: {type(payload).__name__}")
+
+
+def _checked(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"expected {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _ring() -> SecretRing:
+    import os
+
+    # Reading the cookie for every payload would cost a system call or three each time.
+    sources = (os.environ.get("WOVE_SECRET"), os.environ.get("XDG_CONFIG_HOME"), os.environ.get("HOME"))
+    ring = _rings.get(sources)
+    if ring is None:
+        ring = _rings[sources] = find_secrets()
+    return ring

@@ -1,0 +1,72 @@
+"""The Celery side: importing this module gives every app in the process the task ``wove.run``.
+
+Start the workers you have with ``celery -A proj worker -I wove.worker.celery``, or set
+``CELERY_WORKER_INCLUDE=wove.worker.celery``; the project's code does not change.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from celery import shared_task, signals
+from celery.exceptions import TimeLimitExceeded, WorkerLostError
+from wove.errors import WoveError
+from wove.worker.assignment import Assignment
+from wove.worker.execution import run
+from wove.worker.session import Session
+
+logger = logging.getLogger("wove.worker")
+
+#: The name that submitters send to, unless ``executor_config["task_name"]`` says otherwise.
+TASK_NAME = "wove.run"
+
+
+@shared_task(name=TASK_NAME, bind=True, ignore_result=True)
+def run_payload(self: Any, payload: bytes | str) -> None:
+    """Execute a payload; its outcome goes to the submitter, not to a result backend."""
+    request = self.request
+    info = request.delivery_info or {}
+    again = bool(info.get("redelivered")) or bool(request.retries)
+    run(payload, backend={"backend": "celery", "job": request.id}, redelivered=again)
+
+
+@signals.task_failure.connect(weak=False)
+def _on_failure(sender: Any = None, exception: Any = None, args: Any = None, **_: Any) -> None:
+    # Celery's parent process tells of a pool process that died or was killed for its time
+    # limit: there, nobody else is left to report it.
+    if getattr(sender, "name", None) != TASK_NAME or not args:
+        return
+    if isinstance(exception, (WorkerLostError, TimeLimitExceeded)):
+        _report_loss(args[0], f"{type(exception).__name__}: {exception}")
+
+
+@signals.task_revoked.connect(weak=False)
+def _on_revoked(sender: Any = None, request: Any = None, terminated: Any = None, **_: Any) -> None:
+    if getattr(sender, "name", None) != TASK_NAME or request is None:
+        return
+    args = getattr(request, "args", None)
+    if args:
+        _report_cancel(args[0])
+
+
+def _report_loss(payload: bytes | str, reason: str) -> None:
+    _in_background(payload, lambda session: session.lost(f"the worker process was lost: {reason}"))
+
+
+def _report_cancel(payload: bytes | str) -> None:
+    _in_background(payload, lambda session: session.acknowledge_cancel())
+
+
+def _in_background(payload: bytes | str, tell: Any) -> None:
+    # The signal runs inside the consumer's loop, which must not wait for HTTP.
+    def report() -> None:
+        try:
+            tell(Session(Assignment(payload), {"backend": "celery"}))
+        except WoveError as exc:
+            logger.warning("a lost task could not be reported: %s", exc)
+        except Exception:
+            logger.exception("a lost task could not be reported")
+
+    threading.Thread(target=report, name="wove-report", daemon=True).start()

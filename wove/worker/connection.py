@@ -1,0 +1,176 @@
+"""The worker's HTTP client: keep-alive connections to callback servers.
+
+``http.client`` from the standard library, because its import is nearly free where Celery
+or RQ is loaded, and because a connection must never cross a fork: each thread of each
+process has its own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer, Mapping, Sequence  # type: ignore[attr-defined]
+    from http.client import HTTPConnection, HTTPResponse
+
+#: Seconds to wait for a connection, and for the answer to a small request.
+TIMEOUT = 10.0
+#: Bytes a second that a large body is granted on top.
+SLOWEST = 256 * 1024
+#: Largest reply body that is read, in bytes; fetched payloads say their size beforehand.
+MAX_REPLY = 64 * 1024
+
+
+class Reply(NamedTuple):
+    """A callback server's answer."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes | bytearray
+
+
+#: Per callback origin: its wall clock minus ours, in seconds, as its last reply told.
+clock_offsets: dict[str, float] = {}
+
+_local = threading.local()
+
+
+class _Connections(dict[str, "HTTPConnection"]):
+    """One thread's connections by origin; closed when the thread ends."""
+
+    def __del__(self) -> None:
+        for connection in self.values():
+            connection.close()
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """Split a callback URL into its origin and its path, without a trailing slash.
+
+    Raises:
+        ValueError: not an ``http://`` or ``https://`` URL.
+    """
+    scheme, separator, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    if not separator or scheme not in ("http", "https") or not host:
+        raise ValueError(f"a callback URL begins with http:// or https://; got {url!r}")
+    return f"{scheme}://{host}", (slash + path).rstrip("/")
+
+
+def connect(origin: str, timeout: float = TIMEOUT) -> HTTPConnection:
+    """Return a new connection, not opened yet. Proxies of the environment are not asked."""
+    import http.client
+
+    scheme, _, host = origin.partition("://")
+    if scheme == "https":
+        import ssl
+
+        context = ssl.create_default_context(cafile=os.environ.get("WOVE_CA"))
+        return http.client.HTTPSConnection(host, timeout=timeout, context=context)
+    return http.client.HTTPConnection(host, timeout=timeout)
+
+
+def request(
+    origin: str,
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    parts: Sequence[Buffer] = (),
+    *,
+    timeout: float = TIMEOUT,
+    max_reply: int = MAX_REPLY,
+) -> Reply:
+    """Send a request on this thread's connection and read the reply.
+
+    A connection that the server has closed while it was idle is replaced once: requests
+    to a callback server can be repeated without harm.
+
+    Raises:
+        OSError, http.client.HTTPException: no reply was had.
+    """
+    size = sum(memoryview(part).nbytes for part in parts)
+    allowed = timeout + size / SLOWEST + max_reply / SLOWEST
+    for fresh in (False, True):
+        connection, reused = _connection(origin, fresh=fresh)
+        try:
+            send(connection, method, path, headers, parts, size, allowed)
+            return read_reply(origin, connection.getresponse(), max_reply)
+        except (ConnectionError, _bad_status()) as exc:
+            connection.close()
+            if not reused or isinstance(exc, ConnectionRefusedError):
+                raise
+        except BaseException:
+            # Also for a time limit that strikes here: half a reply must not be left to the next request.
+            connection.close()
+            raise
+    raise ConnectionError("unreachable")  # the second round either returns or raises
+
+
+def _bad_status() -> type[Exception]:
+    import http.client
+
+    return http.client.BadStatusLine
+
+
+def _connection(origin: str, *, fresh: bool) -> tuple[HTTPConnection, bool]:
+    if getattr(_local, "pid", None) != os.getpid():
+        _local.pid = os.getpid()
+        _local.connections = _Connections()
+    connections: _Connections = _local.connections
+    if fresh or origin not in connections:
+        connections[origin] = connect(origin)
+        return connections[origin], False
+    connection = connections[origin]
+    return connection, connection.sock is not None
+
+
+def send(
+    connection: HTTPConnection,
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    parts: Sequence[Buffer],
+    size: int,
+    timeout: float,
+) -> None:
+    """Write a request; large parts are sent as they are, without being joined first."""
+    connection.timeout = timeout
+    if connection.sock is not None:
+        connection.sock.settimeout(timeout)
+    connection.putrequest(method, path, skip_accept_encoding=True)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    if method != "GET":
+        connection.putheader("Content-Length", str(size))
+    if size <= 64 * 1024:
+        connection.endheaders(b"".join(parts) or None)
+        return
+    connection.endheaders()
+    for part in parts:
+        connection.send(part)
+
+
+def read_reply(origin: str, response: HTTPResponse, max_reply: int = MAX_REPLY) -> Reply:
+    """Read a reply of at most ``max_reply`` bytes."""
+    sent_at = response.headers.get("Wove-Time")
+    if sent_at is not None:
+        try:
+            clock_offsets[origin] = float(sent_at) - time.time()
+        except ValueError:
+            pass
+    length = response.length
+    if length is not None and length > max_reply:
+        raise ConnectionError(f"the callback server's reply is too long ({length} bytes)")
+    if max_reply > MAX_REPLY and length is not None:
+        body = bytearray(length)
+        view, at = memoryview(body), 0
+        while at < length:
+            count = response.readinto(view[at:])
+            if not count:
+                raise ConnectionError("the callback server's reply was cut short")
+            at += count
+        response.close()
+        return Reply(response.status, response.headers, body)
+    return Reply(response.status, response.headers, response.read(max_reply))

@@ -1,0 +1,214 @@
+"""Runs a payload: verify, ask, execute, report."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from wove.errors import PayloadRejectedError
+from wove.worker.assignment import Assignment
+from wove.worker.context import bind
+from wove.worker.courier import courier_for
+from wove.worker.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+logger = logging.getLogger("wove.worker")
+
+
+class TaskCancelledItself(RuntimeError):
+    """An ``async`` task raised CancelledError although nobody had cancelled it."""
+
+
+def run(
+    payload: bytes | str, *, backend: Mapping[str, str] | None = None, redelivered: bool = False
+) -> None:
+    """Execute a payload and deliver its outcome to the submitter.
+
+    For backends that call a plain function. Synchronous callables run in the calling
+    thread, coroutines on an event loop of their own.
+
+    Args:
+        payload: what the submitter's adapter was given: bytes, or base64 text.
+        backend: ``{"backend": name, "job": id}``, shown in errors.
+        redelivered: whether the backend says that it delivers the payload again.
+
+    Raises:
+        PayloadRejectedError: the payload is not signed with this worker's secret; nothing ran.
+        BaseException: what the user's function raised, after it was reported, so that
+            the backend counts the task as failed too.
+    """
+    session = _open(payload, backend)
+    if not session.may_start(redelivered=redelivered):
+        logger.info("run %s is not wanted any more: skipped", session.assignment.run_id)
+        return
+    call = _load(session)
+    courier = courier_for(session.assignment.origin)
+    courier.add(session)
+    try:
+        try:
+            with bind(session.context):
+                result = call()
+                if hasattr(result, "__await__"):
+                    result = _drive(result, session)
+        finally:
+            courier.remove(session)
+    except BaseException as exc:
+        _report_failure(session, exc)
+        return
+    session.succeed(result)
+
+
+async def arun(
+    payload: bytes | str, *, backend: Mapping[str, str] | None = None, redelivered: bool = False
+) -> None:
+    """Execute a payload from a running event loop; otherwise as :func:`run`.
+
+    Coroutines run on this loop, other callables in a thread.
+    """
+    import asyncio
+    import contextvars
+
+    session = await asyncio.to_thread(_open, payload, backend)
+    if not await asyncio.to_thread(session.may_start, redelivered=redelivered):
+        logger.info("run %s is not wanted any more: skipped", session.assignment.run_id)
+        return
+    call = await asyncio.to_thread(_load, session)
+    courier = courier_for(session.assignment.origin)
+    courier.add(session)
+    try:
+        try:
+            with bind(session.context):
+                if asyncio.iscoroutinefunction(call.func):
+                    result = await _supervise(call(), session)
+                else:
+                    scope = contextvars.copy_context()
+                    result = await asyncio.to_thread(scope.run, call)
+                    if hasattr(result, "__await__"):
+                        result = await _supervise(result, session)
+        finally:
+            courier.remove(session)
+    except BaseException as exc:
+        if isinstance(exc, (KeyboardInterrupt, SystemExit)):
+            _report_failure(session, exc)
+        else:
+            await asyncio.to_thread(_report_failure, session, exc)
+        return
+    await asyncio.to_thread(session.succeed, result)
+
+
+def _open(payload: bytes | str, backend: Mapping[str, str] | None) -> Session:
+    try:
+        assignment = Assignment(payload)
+    except PayloadRejectedError as exc:
+        logger.error("payload rejected: %s", exc)  # noqa: TRY400 - the text says all
+        raise
+    return Session(assignment, backend)
+
+
+class _Call:
+    """The user's function with its arguments."""
+
+    __slots__ = ("_args", "_kwargs", "func")
+
+    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func = func
+        self._args = args
+        self._kwargs = kwargs
+
+    def __call__(self) -> Any:
+        return self.func(*self._args, **self._kwargs)
+
+
+def _load(session: Session) -> _Call:
+    try:
+        return _Call(*session.assignment.load())
+    except Exception as exc:
+        worker = session.worker
+        exc.add_note(
+            f"the worker on {worker['host']} (pid {worker['pid']}) could not load {session.assignment.task_id} "
+            "or its arguments: install the code there that the submitter has, or send the function by value"
+        )
+        session.fail(exc, source="worker")
+        raise
+
+
+def _report_failure(session: Session, exc: BaseException) -> None:
+    """Deliver the failure, then raise it: the backend learns of it as well."""
+    if _is_cancellation(exc):
+        if session.context.cancelled:
+            session.acknowledge_cancel()
+            return
+        failure = TaskCancelledItself("the task raised CancelledError although nobody had cancelled it")
+        failure.__cause__ = exc
+        session.fail(failure)
+        raise failure
+    session.fail(exc)
+    raise exc
+
+
+def _is_cancellation(exc: BaseException) -> bool:
+    import sys
+
+    # Only a process that has loaded asyncio can have raised its CancelledError.
+    module = sys.modules.get("asyncio")
+    return module is not None and isinstance(exc, module.CancelledError)
+
+
+def _drive(awaitable: Any, session: Session) -> Any:
+    """Run a coroutine to its end on an event loop of its own."""
+    import asyncio
+    import contextvars
+    import threading
+
+    def on_own_loop() -> Any:
+        with asyncio.Runner() as runner:
+            return runner.run(_supervise(awaitable, session))
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return on_own_loop()
+    # This thread is inside another loop: the task's loop gets a thread to itself.
+    outcome: list[Any] = []
+    scope = contextvars.copy_context()
+
+    def capture() -> None:
+        try:
+            outcome.append((scope.run(on_own_loop), None))
+        except BaseException as exc:
+            outcome.append((None, exc))
+
+    thread = threading.Thread(target=capture, name="wove-task", daemon=True)
+    thread.start()
+    thread.join()
+    result, exc = outcome[0]
+    if exc is not None:
+        raise exc
+    return result
+
+
+async def _supervise(awaitable: Any, session: Session) -> Any:
+    """Await in a task that the courier can cancel."""
+    import asyncio
+
+    async def body() -> Any:
+        return await awaitable
+
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(body())
+
+    def cancel() -> None:
+        try:
+            loop.call_soon_threadsafe(task.cancel)
+        except RuntimeError:
+            pass  # the loop has ended meanwhile
+
+    session.on_cancel = cancel
+    if session.context.cancelled:  # it came between the start and this line
+        task.cancel()
+    try:
+        return await task
+    finally:
+        session.on_cancel = None

@@ -1,0 +1,298 @@
+"""One execution's conversation with the callback server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from wove import frames
+from wove.errors import EncodeError, normalize_exception
+from wove.remote_errors import encode_exception
+from wove.security import event_tag, reply_tag, same
+from wove.wire import encode_value, pack_message
+from wove.worker.connection import Reply, clock_offsets, request
+from wove.worker.context import RunContext
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer, Callable, Mapping, Sequence  # type: ignore[attr-defined]
+
+    from wove.worker.assignment import Assignment
+
+logger = logging.getLogger("wove.worker")
+
+#: A payload younger than this, in seconds, starts without asking: nobody had time to cancel it.
+FRESH = 0.05
+#: Seconds that asking for leave to start may take; without an answer the task is run.
+ASK_TIMEOUT = 5.0
+#: Seconds that a progress report may take.
+REPORT_TIMEOUT = 5.0
+#: Frames and characters that one report holds at most.
+MAX_FRAMES = 48
+MAX_CHARACTERS = 40_000
+#: Progress and log frames that wait at most; then the oldest are dropped.
+MAX_PENDING = 1_000
+
+_CONTENT_TYPE = "application/msgpack"
+_RETRY_DELAYS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+def retry_seconds() -> float:
+    """Return how long a worker tries to deliver an outcome: ``WOVE_RESULT_RETRY_SECONDS`` or 300."""
+    text = os.environ.get("WOVE_RESULT_RETRY_SECONDS", "")
+    try:
+        return max(0.0, float(text)) if text else 300.0
+    except ValueError:
+        logger.warning("WOVE_RESULT_RETRY_SECONDS is a number of seconds, not %r; using 300", text)
+        return 300.0
+
+
+class Session:
+    """Numbers, signs and sends the events of one execution of a run.
+
+    Args:
+        assignment: the verified payload.
+        backend: ``{"backend": "celery", "job": ...}``, for errors that name them.
+    """
+
+    def __init__(self, assignment: Assignment, backend: Mapping[str, str] | None = None) -> None:
+        self.assignment = assignment
+        self.execution = os.urandom(8).hex()
+        self.begun = time.monotonic()
+        self.beats = 0
+        self.context = RunContext(assignment.run_id, assignment.task_id, assignment.attempt, self.emit)
+        self.on_cancel: Callable[[], None] | None = None
+        #: Called when a frame waits to be sent; set by the courier.
+        self.notify: Callable[[], None] | None = None
+        self.worker: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), **(backend or {})}
+        self._path = f"{assignment.path}/wove/v1/events/{assignment.run_id}"
+        self._seq = 0
+        self._pending: list[frames.Frame] = []
+        self._lock = threading.Lock()
+        # Held while a report is under way, so that the outcome does not overtake it.
+        self._sending = threading.Lock()
+        self._started = False
+        self._finished = False
+
+    # --- before the task ------------------------------------------------------
+
+    def may_start(self, *, redelivered: bool = False) -> bool:
+        """Ask whether the run is still wanted, where it may not be.
+
+        A run that waited long enough to be cancelled, or that the broker delivers again,
+        is asked for; one that was submitted this moment is not, to save the round trip.
+        Without an answer the task is run: a callback server that is out for a moment
+        must not lose work.
+        """
+        offset = clock_offsets.get(self.assignment.origin)
+        if not redelivered and offset is not None:
+            age = time.time() + offset - self.assignment.sent_at
+            if -FRESH < age < FRESH:
+                return True
+        frame = self._frame(frames.TASK_STARTED, fence=True)
+        try:
+            reply = self._post([frame], [], final=False, timeout=ASK_TIMEOUT)
+        except Exception as exc:
+            logger.info("run %s starts unasked: %s: %s", self.assignment.run_id, type(exc).__name__, exc)
+            return True
+        self._started = reply.status < 300
+        return reply.status != 410
+
+    # --- during the task ------------------------------------------------------
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Queue a progress or log frame; a courier thread sends it soon."""
+        with self._lock:
+            if self._finished:
+                return
+            if len(self._pending) >= MAX_PENDING:
+                del self._pending[0]
+            self._pending.append(self._frame(kind, **fields))
+        if self.notify is not None:
+            self.notify()
+
+    def cancel(self) -> None:
+        """The caller no longer wants the result."""
+        if self.context.cancelled:
+            return
+        self.context.cancelled = True
+        if self.on_cancel is not None:
+            self.on_cancel()
+
+    @property
+    def started(self) -> bool:
+        """Whether the callback server was told that the task has started."""
+        return self._started
+
+    @property
+    def has_news(self) -> bool:
+        """Whether frames wait to be sent (the first of all says that the task has started)."""
+        return bool(self._pending) or not self._started
+
+    def report(self) -> None:
+        """Send the frames that wait. Failures lose them: they are news, not outcomes."""
+        with self._sending:
+            batch = self._take_pending()
+            if not batch or self._finished:
+                return
+            try:
+                self._post(batch, [], final=False, timeout=REPORT_TIMEOUT)
+            except Exception as exc:
+                logger.info("progress of run %s was not delivered: %s", self.assignment.run_id, exc)
+
+    def _take_pending(self) -> list[frames.Frame]:
+        with self._lock:
+            if not self._started:
+                self._started = True
+                self._pending.insert(0, self._frame(frames.TASK_STARTED))
+            count = characters = 0
+            for frame in self._pending[:MAX_FRAMES]:
+                characters += len(frame.get("message", ""))
+                if count and characters > MAX_CHARACTERS:
+                    break
+                count += 1
+            batch, self._pending = self._pending[:count], self._pending[count:]
+            return batch
+
+    # --- after the task -------------------------------------------------------
+
+    def succeed(self, result: Any) -> None:
+        """Deliver a result; one that cannot be encoded is delivered as an error naming its type."""
+        attachments: list[Buffer] = []
+        try:
+            described = encode_value(result, attachments)
+        except EncodeError as exc:
+            self.fail(exc, source="worker")
+            return
+        if self._finish(frames.TASK_RESULT, attachments, result=described) == 413:
+            size = sum(memoryview(part).nbytes for part in attachments)
+            self.fail(
+                EncodeError(
+                    f"the result has {size} bytes, more than the callback server takes: raise "
+                    'executor_config["callback_max_body"], or return less'
+                ),
+                source="worker",
+            )
+
+    def fail(self, exc: BaseException, *, source: str = "task") -> None:
+        """Deliver an error."""
+        attachments: list[Buffer] = []
+        error = normalize_exception(exc, source=source)
+        try:
+            described = encode_exception(exc, attachments)
+        except Exception:
+            described, attachments = [], []
+        if self._finish(frames.TASK_ERROR, attachments, error=error, exception=described) == 413:
+            self._finish(frames.TASK_ERROR, [], error=error)
+
+    def acknowledge_cancel(self) -> None:
+        """Report that the task was cancelled."""
+        self._finish(frames.TASK_CANCELLED, [])
+
+    def lost(self, message: str) -> None:
+        """Report, from another process than the task's, that its process died."""
+        error = {
+            "kind": "WorkerLostError",
+            "message": message,
+            "traceback": "",
+            "retryable": True,
+            "source": "backend",
+        }
+        self._finish(frames.TASK_ERROR, [], error=error)
+
+    def _finish(self, kind: str, attachments: list[Buffer], **fields: Any) -> int:
+        """Deliver the terminal frame, however long the callback server is away."""
+        # A report under way gets a moment to arrive first.
+        held = self._sending.acquire(timeout=REPORT_TIMEOUT)
+        try:
+            with self._lock:
+                self._finished = True
+                last = self._pending[-MAX_FRAMES + 4 :]
+                self._pending = []
+                if not self._started:
+                    self._started = True
+                    last.insert(0, self._frame(frames.TASK_STARTED))
+                last.append(self._frame(kind, **fields))
+        finally:
+            if held:
+                self._sending.release()
+        return self._deliver(last, attachments)
+
+    def _deliver(self, batch: list[frames.Frame], attachments: list[Buffer]) -> int:
+        give_up = time.monotonic() + retry_seconds()
+        refusals = 0
+        for attempt in range(1_000_000):
+            wait_for: float | None = None
+            try:
+                reply = self._post(batch, attachments, final=True)
+            except Exception as exc:
+                # Without a connection, or with a reply that is none of a callback server's.
+                problem = f"{type(exc).__name__}: {exc}"
+            else:
+                if reply.status < 300 or reply.status in (400, 404, 410, 413):
+                    self._log_refusal(reply.status)
+                    return reply.status
+                problem = f"the callback server answered {reply.status}"
+                refusals += reply.status == 401
+                wait_for = _retry_after(reply)
+            delay = wait_for or random.uniform(0, _RETRY_DELAYS[min(attempt, len(_RETRY_DELAYS) - 1)])  # noqa: S311
+            if refusals >= 3 or time.monotonic() + delay > give_up:
+                logger.error(
+                    "the outcome of run %s could not be delivered to %s: %s",
+                    self.assignment.run_id, self.assignment.origin, problem,
+                )  # fmt: skip
+                return 0
+            logger.log(
+                logging.WARNING if attempt == 0 else logging.DEBUG,
+                "delivering the outcome of run %s failed, trying again: %s", self.assignment.run_id, problem,
+            )  # fmt: skip
+            time.sleep(delay)
+        return 0
+
+    def _log_refusal(self, status: int) -> None:
+        if status in (400, 404):
+            logger.error(
+                "the callback server at %s answered %s to the outcome of run %s",
+                self.assignment.origin, status, self.assignment.run_id,
+            )  # fmt: skip
+
+    # --- on the wire ----------------------------------------------------------
+
+    def _frame(self, kind: str, **fields: Any) -> frames.Frame:
+        self._seq += 1
+        task = self.assignment
+        return frames.event(kind, task.run_id, task.task_id, task.attempt, self._seq, **fields)
+
+    def _post(
+        self, batch: list[frames.Frame], attachments: Sequence[Buffer], *, final: bool, timeout: float = 10.0
+    ) -> Reply:
+        envelope = {"v": 1, "execution": self.execution, "worker": self.worker, "frames": batch}
+        body = pack_message(envelope, attachments)
+        task = self.assignment
+        tag = event_tag(task.key, task.run_id, _CONTENT_TYPE, final, body)
+        headers = {
+            "Content-Type": _CONTENT_TYPE,
+            "Wove-Key": task.kid,
+            "Wove-Signature": tag.hex(),
+            "Wove-Final": "1" if final else "0",
+        }
+        reply = request(task.origin, "POST", self._path, headers, body, timeout=timeout)
+        cancel = reply.headers.get("Wove-Cancel")
+        if cancel is not None and _signed(cancel, reply_tag(task.key, tag, b"cancel")):
+            self.cancel()
+        return reply
+
+
+def _signed(given: str, expected: bytes) -> bool:
+    return same(expected.hex().encode(), given.encode("ascii", "replace"))
+
+
+def _retry_after(reply: Reply) -> float | None:
+    try:
+        return min(30.0, max(0.05, float(reply.headers.get("Retry-After", "")))) * random.uniform(0.5, 1.0)  # noqa: S311
+    except ValueError:
+        return None
