@@ -61,7 +61,7 @@ class BackendAdapter(ABC):
         self.run_config = run_config
         self._blocking: DaemonPool | None = None
 
-    async def start(self) -> None:
+    async def start(self) -> None:  # noqa: B027 - optional
         """Connect, check the configuration. Called once, before anything else.
 
         Raises:
@@ -116,7 +116,7 @@ class BackendAdapter(ABC):
         """Say what the backend knows of runs. Idempotent; unknown ones may be left out."""
         return {}
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 - optional
         """Release what :meth:`start` took, and nothing that belongs to the user. Idempotent."""
 
     async def blocking(self, func: Callable[..., Any], *args: Any) -> Any:

@@ -171,7 +171,8 @@ def _import_app(reference: str) -> Any:
 
 def _submit_error(exc: Exception) -> SubmitError:
     error = SubmitError(
-        f"the Celery broker did not accept the run: {type(exc).__name__}: {scrub(str(exc))}", maybe_accepted=True
+        f"the Celery broker did not accept the run: {type(exc).__name__}: {scrub(str(exc))}",
+        maybe_accepted=True,
     )
     error.__cause__ = exc
     return error

@@ -145,7 +145,7 @@ class RqAdapter(BackendAdapter):
         connection = self._queue.connection
         # Whoever takes the id out of the list owns the job: a worker that pops it first
         # leaves nothing to remove, so a started job is never deleted under its worker.
-        owned = connection.lrem(self._queue.key, 1, run_id) > 0
+        owned = bool(connection.lrem(self._queue.key, 1, run_id))
         try:
             job = Job.fetch(run_id, connection=connection, serializer=self._queue.serializer)
             if owned:

@@ -32,7 +32,6 @@ MAX_BYTES_IN_FLIGHT = 512 * 1024 * 1024
 SWEEP_SECONDS = 0.5
 
 
-
 class Guard:
     """Watches the connections of one server and reads bodies under its limits."""
 
@@ -47,13 +46,13 @@ class Guard:
         """How many connections the last sweep saw."""
         return len(self._last_seen)
 
-    async def sweep(self, server: web.Server[Any]) -> None:
+    async def sweep(self, server: web.Server) -> None:
         """Close connections that idle or dribble, for ever."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             self._sweep_once(server)
 
-    def _sweep_once(self, server: web.Server[Any]) -> None:
+    def _sweep_once(self, server: web.Server) -> None:
         now = time.monotonic()
         live = set(server.connections)
         for gone in [protocol for protocol in self._last_seen if protocol not in live]:
@@ -61,9 +60,7 @@ class Guard:
             self._used.discard(gone)
         for protocol in live:
             self._last_seen.setdefault(protocol, now)
-        idle = sorted(
-            (p for p in self._last_seen if p not in self._active), key=self._last_seen.__getitem__
-        )
+        idle = sorted((p for p in self._last_seen if p not in self._active), key=self._last_seen.__getitem__)
         excess = len(live) - MAX_CONNECTIONS
         for index, protocol in enumerate(idle):
             limit = KEEP_ALIVE_SECONDS if protocol in self._used else HEAD_SECONDS
@@ -121,7 +118,7 @@ async def _read_exactly(request: web.Request, size: int) -> bytearray:
     while at < size:
         chunk = await request.content.readany()
         if not chunk:
-            raise asyncio.IncompleteReadError(bytes(), size)
+            raise asyncio.IncompleteReadError(b"", size)
         body[at : at + len(chunk)] = chunk
         at += len(chunk)
     return body

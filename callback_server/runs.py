@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from wove.security import run_key
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Callable, Iterable  # type: ignore[attr-defined]
+    import asyncio
+    from collections.abc import Callable, Iterable
+
+    from typing_extensions import Buffer
 
     from wove.frames import Frame
     from wove.security import SecretRing

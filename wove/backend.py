@@ -16,7 +16,9 @@ from wove.security import NONCE_SIZE, SecretRing, run_key, seal_payload, webhook
 from wove.wire import encode_callable, encode_value, pack_message
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Mapping  # type: ignore[attr-defined]
+    from collections.abc import Mapping
+
+    from typing_extensions import Buffer
 
     from wove.frames import Frame
 
@@ -41,9 +43,7 @@ class BuiltPayload:
     message: list[Buffer] | None
 
 
-def build_payload(
-    frame: Frame, *, environment: str, ring: SecretRing, callback_url: str
-) -> BuiltPayload:
+def build_payload(frame: Frame, *, environment: str, ring: SecretRing, callback_url: str) -> BuiltPayload:
     """Encode and sign a ``run_task`` frame.
 
     Raises:
@@ -78,7 +78,9 @@ def build_payload(
     return BuiltPayload(seal_payload(ring, environment, message), nonce, large)
 
 
-def _encode_arguments(positional: list[Any], keywords: dict[str, Any], attachments: list[Buffer]) -> list[Any]:
+def _encode_arguments(
+    positional: list[Any], keywords: dict[str, Any], attachments: list[Buffer]
+) -> list[Any]:
     try:
         return encode_value([positional, keywords], attachments)
     except EncodeError:

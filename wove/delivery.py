@@ -329,15 +329,14 @@ class RunTable:
                 if run.submitted_at is not None
                 else "not accepted by the backend yet: is the broker up?"
             )
-            message = f"{text} did not start within delivery_start_timeout={run.policy.start_timeout:g} s: {state}"
+            message = (
+                f"{text} did not start within delivery_start_timeout={run.policy.start_timeout:g} s: {state}"
+            )
         else:
             message = (
-                f"{text} had no outcome within delivery_timeout={run.policy.timeout:g} s "
-                f"(state: {run.state})"
+                f"{text} had no outcome within delivery_timeout={run.policy.timeout:g} s (state: {run.state})"
             )
-        return self._close(
-            run.run_id, "timeout", exception=DeliveryTimeoutError(message), cancel_work=True
-        )
+        return self._close(run.run_id, "timeout", exception=DeliveryTimeoutError(message), cancel_work=True)
 
     def _close(
         self,

@@ -405,5 +405,3 @@ def _delivery(policy: DeliveryPolicy, attempt: int) -> dict[str, Any]:
         "heartbeat_seconds": policy.heartbeat_seconds,
         "cancel_mode": policy.cancel_mode,
     }
-
-

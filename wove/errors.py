@@ -82,7 +82,7 @@ class WorkerLostError(EnvironmentExecutionError):
     """The worker died, or was lost from sight, before it reported an outcome."""
 
 
-class RemoteTraceback(Exception):  # noqa: N818 - it is a text, shown as the cause of an error
+class RemoteTraceback(Exception):
     """Carries the traceback text of the other side as the ``__cause__`` of an error."""
 
     def __init__(self, text: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from wove.errors import (
-    EncodeError,
     EnvironmentExecutionError,
     RemoteTraceback,
     WorkerLostError,
@@ -20,7 +19,9 @@ from wove.errors import (
 from wove.wire import decode_value, encode_value
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Mapping, Sequence  # type: ignore[attr-defined]
+    from collections.abc import Mapping, Sequence
+
+    from typing_extensions import Buffer
 
 #: How many causes of an exception travel with it.
 MAX_CHAIN = 8
@@ -74,7 +75,7 @@ def _encode_object(exc: BaseException, attachments: list[Buffer]) -> list[Any] |
             descriptor = encode_value(form, trial)
             views = [memoryview(part) for part in trial]
             back = _rebuild(decode_value(descriptor, views))
-        except (Exception, EncodeError):
+        except Exception:  # noqa: S112 - the next form, or the text, stands for it
             continue
         # An exception that pickles as something else would change its type silently.
         if type(back) is type(exc) and len(attachments) + len(trial) <= 32:

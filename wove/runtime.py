@@ -22,7 +22,9 @@ _DEFINITION_KEYS = ("executor", "executor_config", *SETTINGS)
 
 
 class ExecutorRuntime:
-    """Owns the executors of several named environments::
+    """Owns the executors of several named environments.
+
+    ::
 
         async with ExecutorRuntime({"reports": {"executor": "celery", ...}}) as runtime:
             await runtime["reports"].run(build_report, account_id=7)

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from wove.errors import ConfigurationError, PayloadRejectedError
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Iterable, Mapping, Sequence  # type: ignore[attr-defined]
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from typing_extensions import Buffer
 
 #: Shortest secret, in bytes, that is accepted.
 MIN_SECRET = 16

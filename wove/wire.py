@@ -32,12 +32,14 @@ from typing import TYPE_CHECKING, Any
 from wove.errors import EncodeError, MissingDispatchFeatureError, ProtocolError, safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Callable, Mapping, Sequence  # type: ignore[attr-defined]
+    from collections.abc import Callable, Mapping, Sequence
+
+    from typing_extensions import Buffer
 
 try:
     import msgpack
 except ImportError:  # the base install has no dependencies
-    msgpack = None  # type: ignore[assignment]
+    msgpack = None
 
 #: The key that marks a tagged value; mappings that use it themselves are tagged too.
 TAG = "__wove__"
@@ -219,9 +221,7 @@ def _scalar_tag(value: Any) -> str | None:
 
 def _plain_zone(zone: Any) -> bool:
     # A named zone would come back as a bare offset.
-    return zone is None or (
-        type(zone) is timezone and repr(zone) == repr(timezone(zone.utcoffset(None)))
-    )
+    return zone is None or (type(zone) is timezone and repr(zone) == repr(timezone(zone.utcoffset(None))))
 
 
 def to_tagged(value: Any, *, for_json: bool = False) -> Any:

@@ -85,7 +85,9 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         adapter_class = self._adapter_class or load_adapter(self.name)
         modules = self._required_modules
         check_modules(
-            self.name, adapter_class.required_modules if modules is None else modules, adapter_class.install_hint
+            self.name,
+            adapter_class.required_modules if modules is None else modules,
+            adapter_class.install_hint,
         )
         if adapter_class.config_keys is not None:
             check_keys(environment_name, environment_config, (*SHARED_KEYS, *adapter_class.config_keys))
@@ -271,9 +273,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         if never_starts and self._channel is not None:
             lease.close_run(run_id)
             attempt = (frame.get("delivery") or {}).get("attempt", 1)
-            self._channel.put(
-                [frames.event(frames.TASK_CANCELLED, run_id, frame["task_id"], attempt, 2**31)]
-            )
+            self._channel.put([frames.event(frames.TASK_CANCELLED, run_id, frame["task_id"], attempt, 2**31)])
 
 
 class _Lane:

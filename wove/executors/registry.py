@@ -86,6 +86,4 @@ def coerce_executor(value: object) -> EnvironmentExecutor:
         return value
     if isinstance(value, str):
         return build_executor_from_name(value)
-    raise TypeError(
-        f"an executor is a name or an EnvironmentExecutor instance, not {type(value).__name__}"
-    )
+    raise TypeError(f"an executor is a name or an EnvironmentExecutor instance, not {type(value).__name__}")

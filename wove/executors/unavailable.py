@@ -43,4 +43,6 @@ class UnavailableExecutor(EnvironmentExecutor):
         """Do nothing: nothing was started."""
 
     def _refuse(self) -> NoReturn:
-        raise MissingDispatchFeatureError(f"this version of Wove does not carry the {self.transport} executor")
+        raise MissingDispatchFeatureError(
+            f"this version of Wove does not carry the {self.transport} executor"
+        )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.errors import PayloadRejectedError, ProtocolError
-from wove.security import find_secrets, fetch_tag, open_payload, run_key
+from wove.security import fetch_tag, find_secrets, open_payload, run_key
 from wove.wire import decode_callable, decode_value, unpack_message
 from wove.worker.connection import request, split_url
 
@@ -80,7 +80,12 @@ class Assignment:
         return func, tuple(arguments[0]), dict(arguments[1])
 
     def _fetch(self, claim: Any) -> bytes | bytearray:
-        if type(claim) is not list or len(claim) != 2 or type(claim[0]) is not int or type(claim[1]) is not bytes:
+        if (
+            type(claim) is not list
+            or len(claim) != 2
+            or type(claim[0]) is not int
+            or type(claim[1]) is not bytes
+        ):
             raise ProtocolError("malformed payload: fetch")
         size, digest = claim
         headers = {"Wove-Key": self.kid, "Wove-Signature": fetch_tag(self.key, self.run_id).hex()}
@@ -89,7 +94,9 @@ class Assignment:
         if reply.status != 200:
             raise ConnectionError(f"the callback server answered {reply.status} for the run's arguments")
         if hashlib.sha256(reply.body).digest() != digest:
-            raise ProtocolError("the run's arguments changed while they were sent: do not modify them meanwhile")
+            raise ProtocolError(
+                "the run's arguments changed while they were sent: do not modify them meanwhile"
+            )
         return reply.body
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from celery import shared_task, signals
 from celery.exceptions import TimeLimitExceeded, WorkerLostError
+
 from wove.errors import WoveError
 from wove.worker.assignment import Assignment
 from wove.worker.execution import run

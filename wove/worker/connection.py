@@ -13,8 +13,10 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Mapping, Sequence  # type: ignore[attr-defined]
+    from collections.abc import Mapping, Sequence
     from http.client import HTTPConnection, HTTPResponse
+
+    from typing_extensions import Buffer
 
 #: Seconds to wait for a connection, and for the answer to a small request.
 TIMEOUT = 10.0
@@ -25,7 +27,7 @@ MAX_REPLY = 64 * 1024
 
 
 class Reply(NamedTuple):
-    """A callback server's answer."""
+    """A callback server's answer; header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -154,7 +156,9 @@ def send(
 
 def read_reply(origin: str, response: HTTPResponse, max_reply: int = MAX_REPLY) -> Reply:
     """Read a reply of at most ``max_reply`` bytes."""
-    sent_at = response.headers.get("Wove-Time")
+    # Proxies may change the case of names.
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    sent_at = headers.get("wove-time")
     if sent_at is not None:
         try:
             clock_offsets[origin] = float(sent_at) - time.time()
@@ -172,5 +176,5 @@ def read_reply(origin: str, response: HTTPResponse, max_reply: int = MAX_REPLY) 
                 raise ConnectionError("the callback server's reply was cut short")
             at += count
         response.close()
-        return Reply(response.status, response.headers, body)
-    return Reply(response.status, response.headers, response.read(max_reply))
+        return Reply(response.status, headers, body)
+    return Reply(response.status, headers, response.read(max_reply))

@@ -30,9 +30,7 @@ class RunContext:
 
     __slots__ = ("_emit", "attempt", "cancelled", "run_id", "task_id")
 
-    def __init__(
-        self, run_id: str, task_id: str, attempt: int, emit: Callable[..., None] | None
-    ) -> None:
+    def __init__(self, run_id: str, task_id: str, attempt: int, emit: Callable[..., None] | None) -> None:
         self.run_id = run_id
         self.task_id = task_id
         self.attempt = attempt

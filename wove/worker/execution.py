@@ -21,9 +21,7 @@ class TaskCancelledItself(RuntimeError):
     """An ``async`` task raised CancelledError although nobody had cancelled it."""
 
 
-def run(
-    payload: bytes | str, *, backend: Mapping[str, str] | None = None, redelivered: bool = False
-) -> None:
+def run(payload: bytes | str, *, backend: Mapping[str, str] | None = None, redelivered: bool = False) -> None:
     """Execute a payload and deliver its outcome to the submitter.
 
     For backends that call a plain function. Synchronous callables run in the calling
@@ -102,7 +100,7 @@ def _open(payload: bytes | str, backend: Mapping[str, str] | None) -> Session:
     try:
         assignment = Assignment(payload)
     except PayloadRejectedError as exc:
-        logger.error("payload rejected: %s", exc)  # noqa: TRY400 - the text says all
+        logger.error("payload rejected: %s", exc)
         raise
     return Session(assignment, backend)
 

@@ -19,7 +19,9 @@ from wove.worker.connection import Reply, clock_offsets, request
 from wove.worker.context import RunContext
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Callable, Mapping, Sequence  # type: ignore[attr-defined]
+    from collections.abc import Callable, Mapping, Sequence
+
+    from typing_extensions import Buffer
 
     from wove.worker.assignment import Assignment
 
@@ -281,7 +283,7 @@ class Session:
             "Wove-Final": "1" if final else "0",
         }
         reply = request(task.origin, "POST", self._path, headers, body, timeout=timeout)
-        cancel = reply.headers.get("Wove-Cancel")
+        cancel = reply.headers.get("wove-cancel")
         if cancel is not None and _signed(cancel, reply_tag(task.key, tag, b"cancel")):
             self.cancel()
         return reply
@@ -293,6 +295,6 @@ def _signed(given: str, expected: bytes) -> bool:
 
 def _retry_after(reply: Reply) -> float | None:
     try:
-        return min(30.0, max(0.05, float(reply.headers.get("Retry-After", "")))) * random.uniform(0.5, 1.0)  # noqa: S311
+        return min(30.0, max(0.05, float(reply.headers.get("retry-after", "")))) * random.uniform(0.5, 1.0)  # noqa: S311
     except ValueError:
         return None
