@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from wove import frames
+from wove.callback_server.decoding import decode_batch
 from wove.callback_server.guard import Guard, refusal
-from wove.errors import ProtocolError, WorkerLostError, cut, normalize_exception, safe_text
-from wove.remote_errors import decode_exception
+from wove.errors import ProtocolError, WorkerLostError, cut, normalize_exception
 from wove.security import (
     beat_tag,
     cancel_tag,
@@ -34,7 +34,6 @@ from wove.security import (
     same,
     webhook_token,
 )
-from wove.wire import decode_value, from_tagged, unpack_json, unpack_message
 
 if TYPE_CHECKING:
     from wove.callback_server.runs import OpenRun, OpenRuns
@@ -53,9 +52,6 @@ MAX_RUNS_IN_BEAT = 256
 MAX_EXECUTIONS = 64
 #: Seconds that an outcome gets to arrive after a backend has said that the run failed.
 FAILURE_GRACE = 1.0
-
-_JSON = "application/json"
-_MSGPACK = "application/msgpack"
 
 
 @dataclass(slots=True)
@@ -285,80 +281,12 @@ def _verify_and_decode(
     if not same(event_tag(key, run.run_id, codec, final, [body]), tag):
         raise _unauthorized(request)
     try:
-        if codec == _JSON:
-            batch = _decode_json(body)
-        elif codec == _MSGPACK:
-            batch = _decode_msgpack(body)
-        else:
-            raise ProtocolError(f"a body is {_MSGPACK} or {_JSON}")
-        _check_batch(run, batch, final)
+        return decode_batch(body, codec, run.run_id, final=final)
     except ProtocolError as exc:
         if not final:
             raise web.HTTPBadRequest(text=cut(str(exc), 500)) from None
         # An outcome that nobody can read is an outcome all the same: nothing else will come.
         return [_event(run, frames.TASK_ERROR, error=normalize_exception(exc, source="worker"))]
-    return batch
-
-
-def _check_batch(run: OpenRun, batch: list[Frame], final: bool) -> None:
-    for index, frame in enumerate(batch):
-        frames.check_event(frame)
-        if frame["run_id"] != run.run_id:
-            raise ProtocolError("a frame names another run than the request")
-        terminal = frame["type"] in frames.TERMINAL
-        if terminal and not (final and index == len(batch) - 1):
-            raise ProtocolError("an outcome is the last frame of a request marked Wove-Final: 1")
-    if final and (not batch or batch[-1]["type"] not in frames.TERMINAL):
-        raise ProtocolError("a request marked Wove-Final: 1 ends with an outcome")
-    if not batch:
-        raise ProtocolError("no frames")
-
-
-def _frames_of(message: dict[str, Any]) -> list[Frame]:
-    batch = message.get("frames")
-    if type(batch) is not list or not all(type(frame) is dict for frame in batch):
-        raise ProtocolError("frames is a list of mappings")
-    worker = message.get("worker")
-    if type(worker) is dict:
-        for frame in batch:
-            frame["worker"] = worker
-    return batch
-
-
-def _decode_msgpack(body: bytearray) -> list[Frame]:
-    envelope, attachments = unpack_message(body)
-    batch = _frames_of(envelope)
-    for frame in batch:
-        if "result" in frame:
-            _decode_result(frame, attachments)
-        if "exception" in frame:
-            frame["exception"] = decode_exception(frame["exception"], attachments)
-    return batch
-
-
-def _decode_result(frame: Frame, attachments: list[memoryview]) -> None:
-    try:
-        frame["result"] = decode_value(frame["result"], attachments)
-    except ProtocolError:
-        raise
-    except Exception as exc:
-        # Its class is missing here, say: an error of this run, and of no other.
-        text = f"the result cannot be rebuilt in the submitter: {type(exc).__name__}: {safe_text(exc, 500)}"
-        error = {**normalize_exception(exc, source="executor"), "kind": "ResultDecodeError", "message": text}
-        del frame["result"]
-        frame.update(type=frames.TASK_ERROR, error=error)
-
-
-def _decode_json(body: bytearray) -> list[Frame]:
-    batch = _frames_of(unpack_json(body))
-    for frame in batch:
-        frame.pop("exception", None)  # objects need a pickle, which JSON peers do not send
-        if "result" in frame:
-            try:
-                frame["result"] = from_tagged(frame["result"])
-            except RecursionError:
-                raise ProtocolError("the result is nested too deeply") from None
-    return batch
 
 
 def _failure_text(body: bytearray) -> str:

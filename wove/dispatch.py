@@ -16,6 +16,7 @@ from wove.errors import (
     WoveError,
     safe_text,
 )
+from wove.waiter import Waiter
 from wove.wire import callable_name
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from wove.delivery import Run
     from wove.executors.base import EnvironmentExecutor
     from wove.frames import Frame
-
-    OnProgress = Callable[[Mapping[str, Any]], None]
+    from wove.waiter import OnProgress
 
 logger = logging.getLogger("wove.dispatch")
 
@@ -58,7 +58,7 @@ class Dispatcher:
         self._config = executor_config
         self._defaults = tuple(defaults)
         self._policy = self._resolve(None)
-        self._waiters: dict[str, _Waiter] = {}
+        self._waiters: dict[str, Waiter] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._slots: asyncio.Semaphore | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -209,7 +209,7 @@ class Dispatcher:
         }
         if positional:
             frame["positional"] = tuple(positional)
-        waiter = _Waiter(self._loop.create_future(), on_progress)
+        waiter = Waiter(self._loop.create_future(), on_progress)
         self._waiters[run.run_id] = waiter
         self._set_timer()
         # A task of its own: deadlines hold while `send` hangs.
@@ -260,7 +260,7 @@ class Dispatcher:
         answer = await asyncio.wait({waiter.future})
         del answer
 
-    def _stop_work(self, run: Run, waiter: _Waiter | None) -> None:
+    def _stop_work(self, run: Run, waiter: Waiter | None) -> None:
         if waiter is not None and waiter.sending is not None and not waiter.sending.done():
             waiter.sending.cancel()
         if not self._stopping:
@@ -335,58 +335,6 @@ class Dispatcher:
         for outcome in self.table.expire():
             self._settle(outcome)
         self._set_timer()
-
-
-class _Waiter:
-    """The caller's end of a run."""
-
-    __slots__ = ("future", "on_progress", "sending")
-
-    def __init__(self, future: asyncio.Future[Any], on_progress: OnProgress | None) -> None:
-        self.future = future
-        self.on_progress = on_progress
-        self.sending: asyncio.Task[None] | None = None
-
-    def renew(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Wait anew: a cancelled future takes no outcome."""
-        self.future = loop.create_future()
-        self.on_progress = None
-
-    def cancel(self, reason: str) -> None:
-        self.future.cancel(reason)
-
-    def settle(self, outcome: Outcome) -> None:
-        if self.future.done():
-            return
-        if outcome.kind == "result":
-            self.future.set_result(outcome.value)
-        elif outcome.exception is not None:
-            self.future.set_exception(outcome.exception)
-        else:
-            self.future.set_exception(_remotely_cancelled(outcome.run))
-        # A caller that was cancelled meanwhile does not fetch it.
-        if self.future.done() and not self.future.cancelled():
-            self.future.exception()
-
-    def report(self, frame: Frame) -> None:
-        if self.on_progress is None:
-            return
-        try:
-            self.on_progress(frame)
-        except Exception:
-            logger.exception("on_progress failed for run %s", frame.get("run_id"))
-
-
-def _remotely_cancelled(run: Run) -> Exception:
-    return EnvironmentExecutionError(
-        {
-            "kind": "TaskCancelled",
-            "message": f"run {run.run_id} of {run.task_id} was cancelled on the other side, not by its caller",
-            "traceback": "",
-            "retryable": False,
-            "source": "backend",
-        }
-    )
 
 
 def _cancel_frame(run: Run) -> Frame:

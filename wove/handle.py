@@ -21,7 +21,8 @@ from wove.delivery import DeliveryPolicy
 from wove.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from wove.dispatch import Dispatcher, OnProgress
+    from wove.dispatch import Dispatcher
+    from wove.waiter import OnProgress
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,0 +1,103 @@
+"""Verified bytes become frames; only here does the callback server decode."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from wove import frames
+from wove.errors import ProtocolError, normalize_exception, safe_text
+from wove.plain_data import from_tagged
+from wove.remote_errors import decode_exception
+from wove.wire import decode_value, unpack_json, unpack_message
+
+if TYPE_CHECKING:
+    from wove.frames import Frame
+
+JSON = "application/json"
+MSGPACK = "application/msgpack"
+
+
+def decode_batch(body: bytearray, codec: str, run_id: str, *, final: bool) -> list[Frame]:
+    """Decode the body of an events request whose signature was verified.
+
+    Args:
+        body: the request's body.
+        codec: its content type.
+        run_id: the run that every frame has to name.
+        final: whether the last frame has to be an outcome.
+
+    Returns:
+        At least one checked frame; unknown types are among them.
+
+    Raises:
+        ProtocolError: the body is malformed.
+    """
+    if codec == JSON:
+        batch = _decode_json(body)
+    elif codec == MSGPACK:
+        batch = _decode_msgpack(body)
+    else:
+        raise ProtocolError(f"a body is {MSGPACK} or {JSON}")
+    _check_batch(run_id, batch, final)
+    return batch
+
+
+def _check_batch(run_id: str, batch: list[Frame], final: bool) -> None:
+    for index, frame in enumerate(batch):
+        frames.check_event(frame)
+        if frame["run_id"] != run_id:
+            raise ProtocolError("a frame names another run than the request")
+        terminal = frame["type"] in frames.TERMINAL
+        if terminal and not (final and index == len(batch) - 1):
+            raise ProtocolError("an outcome is the last frame of a request marked Wove-Final: 1")
+    if final and (not batch or batch[-1]["type"] not in frames.TERMINAL):
+        raise ProtocolError("a request marked Wove-Final: 1 ends with an outcome")
+    if not batch:
+        raise ProtocolError("no frames")
+
+
+def _frames_of(message: dict[str, Any]) -> list[Frame]:
+    batch = message.get("frames")
+    if type(batch) is not list or not all(type(frame) is dict for frame in batch):
+        raise ProtocolError("frames is a list of mappings")
+    worker = message.get("worker")
+    if type(worker) is dict:
+        for frame in batch:
+            frame["worker"] = worker
+    return batch
+
+
+def _decode_msgpack(body: bytearray) -> list[Frame]:
+    envelope, attachments = unpack_message(body)
+    batch = _frames_of(envelope)
+    for frame in batch:
+        if "result" in frame:
+            _decode_result(frame, attachments)
+        if "exception" in frame:
+            frame["exception"] = decode_exception(frame["exception"], attachments)
+    return batch
+
+
+def _decode_result(frame: Frame, attachments: list[memoryview]) -> None:
+    try:
+        frame["result"] = decode_value(frame["result"], attachments)
+    except ProtocolError:
+        raise
+    except Exception as exc:
+        # Its class is missing here, say: an error of this run, and of no other.
+        text = f"the result cannot be rebuilt in the submitter: {type(exc).__name__}: {safe_text(exc, 500)}"
+        error = {**normalize_exception(exc, source="executor"), "kind": "ResultDecodeError", "message": text}
+        del frame["result"]
+        frame.update(type=frames.TASK_ERROR, error=error)
+
+
+def _decode_json(body: bytearray) -> list[Frame]:
+    batch = _frames_of(unpack_json(body))
+    for frame in batch:
+        frame.pop("exception", None)  # objects need a pickle, which JSON peers do not send
+        if "result" in frame:
+            try:
+                frame["result"] = from_tagged(frame["result"])
+            except RecursionError:
+                raise ProtocolError("the result is nested too deeply") from None
+    return batch
