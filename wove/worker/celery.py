@@ -10,6 +10,7 @@ import logging
 import threading
 from typing import Any
 
+from billiard import current_process
 from celery import shared_task, signals
 from celery.exceptions import TimeLimitExceeded, WorkerLostError
 
@@ -24,13 +25,24 @@ logger = logging.getLogger("wove.worker")
 TASK_NAME = "wove.run"
 
 
+class TaskExited(RuntimeError):
+    """A task raised SystemExit in a worker's main process; it was reported to the submitter as such."""
+
+
 @shared_task(name=TASK_NAME, bind=True, ignore_result=True)
 def run_payload(self: Any, payload: bytes | str) -> None:
     """Execute a payload; its outcome goes to the submitter, not to a result backend."""
     request = self.request
     info = request.delivery_info or {}
     again = bool(info.get("redelivered")) or bool(request.retries)
-    run(payload, backend={"backend": "celery", "job": request.id}, redelivered=again)
+    try:
+        run(payload, backend={"backend": "celery", "job": request.id}, redelivered=again)
+    except SystemExit as exc:
+        # In a pool process this ends the process, as Celery expects; in the solo and threads
+        # pools it would end the whole worker. Celery's own shutdown requests are subclasses.
+        if type(exc) is SystemExit and current_process().name == "MainProcess":
+            raise TaskExited(f"the task called sys.exit({exc.code!r})") from exc
+        raise
 
 
 @signals.task_failure.connect(weak=False)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("wove.worker")
 
-#: A payload younger than this, in seconds, starts without asking: nobody had time to cancel it.
-FRESH = 0.05
+#: A payload younger than this, in seconds, starts without asking: hardly anybody had time to cancel it.
+FRESH = 0.01
 #: Seconds that asking for leave to start may take; without an answer the task is run.
 ASK_TIMEOUT = 5.0
 #: Seconds that a progress report may take.
@@ -93,7 +93,7 @@ class Session:
         offset = clock_offsets.get(self.assignment.origin)
         if not redelivered and offset is not None:
             age = time.time() + offset - self.assignment.sent_at
-            if -FRESH < age < FRESH:
+            if abs(age) < FRESH:
                 return True
         frame = self._frame(frames.TASK_STARTED, fence=True)
         try:

@@ -1,0 +1,172 @@
+"""Functions that run on the fleets under test; workers import them from here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from wove import current
+
+#: A task that waits for a file gives up after this many seconds, so that no worker is blocked for ever.
+PATIENCE = 30.0
+
+
+def double(number: int) -> int:
+    """A plain function."""
+    return number * 2
+
+
+async def double_async(number: int) -> int:
+    """A coroutine function."""
+    await asyncio.sleep(0.01)
+    return number * 2
+
+
+def echo(value: Any) -> Any:
+    """Return what came in."""
+    return value
+
+
+def join(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return all arguments."""
+    return args, kwargs
+
+
+class Multiplier:
+    """Has a method and is callable."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def times(self, number: int) -> int:
+        """A bound method."""
+        return self.factor * number
+
+    def __call__(self, number: int) -> int:
+        """An instance that is called."""
+        return self.factor * number
+
+
+@dataclass
+class Point:
+    """A result of a user's own type."""
+
+    x: int
+    y: int
+
+
+def make_point(x: int, y: int) -> Point:
+    """Return a dataclass."""
+    return Point(x, y)
+
+
+def long_text(size: int) -> str:
+    """Return a large result."""
+    return "wove" * (size // 4)
+
+
+class TwoArguments(Exception):
+    """Cannot be unpickled the usual way: its constructor wants more than ``args`` holds."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = reason
+
+
+def fail_builtin() -> NoReturn:
+    """Raise a builtin exception."""
+    raise ValueError("a builtin problem")
+
+
+def fail_custom() -> NoReturn:
+    """Raise an exception with two required arguments."""
+    raise TwoArguments(7, "seven")
+
+
+def fail_chained() -> NoReturn:
+    """Raise an exception from another."""
+    try:
+        {}["missing"]
+    except KeyError as exc:
+        raise LookupError("outer") from exc
+
+
+def fail_unpicklable() -> NoReturn:
+    """Raise an exception that no pickle can carry."""
+    raise RuntimeError("holds a lock", threading.Lock())
+
+
+def fail_system_exit() -> NoReturn:
+    """End like a script."""
+    raise SystemExit(4)
+
+
+def die() -> NoReturn:
+    """End the process without a word."""
+    os._exit(3)
+
+
+def return_lock() -> Any:
+    """Return what cannot be sent."""
+    return threading.Lock()
+
+
+def report_progress() -> str:
+    """Report progress and log."""
+    run = current()
+    run.progress(0.25, "a quarter")
+    run.log("half way")
+    run.progress(1.0, "done")
+    return run.run_id
+
+
+def touch_and_wait(started: str, release: str) -> str:
+    """Create the file ``started``, then wait for the file ``release``; blind to cancellation."""
+    Path(started).touch()
+    wait_for_file(release)
+    return "released"
+
+
+def touch(path: str) -> None:
+    """Create a file."""
+    Path(path).touch()
+
+
+def wait_for_file(path: str) -> None:
+    """Wait until a file exists."""
+    deadline = time.monotonic() + PATIENCE
+    while not Path(path).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def until_cancelled(started: str, seen: str) -> None:
+    """Run until the caller gives up, then create the file ``seen``."""
+    Path(started).touch()
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if current().cancelled:
+            Path(seen).touch()
+            return
+        time.sleep(0.01)
+
+
+async def until_cancelled_async(started: str, seen: str) -> None:
+    """As :func:`until_cancelled`, as a coroutine."""
+    Path(started).touch()
+    try:
+        await asyncio.sleep(PATIENCE)
+    except asyncio.CancelledError:
+        Path(seen).touch()
+        raise
+
+
+def pid_and_sleep(seconds: float) -> int:
+    """Return this process's id after a while."""
+    time.sleep(seconds)
+    return os.getpid()
