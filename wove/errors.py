@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 MAX_TEXT = 16_000
 
 
+#: Frames of these modules at the top of a traceback tell users nothing about their task.
+_OWN_MODULES = ("wove.worker.", "wove.executors.", "wove.threads", "wove.adapters.")
+
+
 class WoveError(RuntimeError):
     """Root of every exception that Wove itself raises."""
 
@@ -147,6 +151,6 @@ def format_traceback(exc: BaseException) -> str:
 
 def _user_part(tb: TracebackType | None) -> TracebackType | None:
     first = tb
-    while tb is not None and str(tb.tb_frame.f_globals.get("__name__", "")).startswith("wove."):
+    while tb is not None and str(tb.tb_frame.f_globals.get("__name__", "")).startswith(_OWN_MODULES):
         tb = tb.tb_next
     return tb or first

@@ -12,7 +12,7 @@ from typing import Any
 
 from billiard import current_process
 from celery import shared_task, signals
-from celery.exceptions import TimeLimitExceeded, WorkerLostError
+from celery.exceptions import Ignore, TimeLimitExceeded, WorkerLostError
 
 from wove.errors import WoveError
 from wove.worker.assignment import Assignment
@@ -36,13 +36,15 @@ def run_payload(self: Any, payload: bytes | str) -> None:
     info = request.delivery_info or {}
     again = bool(info.get("redelivered")) or bool(request.retries)
     try:
-        run(payload, backend={"backend": "celery", "job": request.id}, redelivered=again)
+        completed = run(payload, backend={"backend": "celery", "job": request.id}, redelivered=again)
     except SystemExit as exc:
         # In a pool process this ends the process, as Celery expects; in the solo and threads
         # pools it would end the whole worker. Celery's own shutdown requests are subclasses.
         if type(exc) is SystemExit and current_process().name == "MainProcess":
             raise TaskExited(f"the task called sys.exit({exc.code!r})") from exc
         raise
+    if not completed:
+        raise Ignore  # cancelled: neither a success nor a failure of the task
 
 
 @signals.task_failure.connect(weak=False)

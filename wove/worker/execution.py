@@ -32,6 +32,10 @@ def run(payload: bytes | str, *, backend: Mapping[str, str] | None = None, redel
         backend: ``{"backend": name, "job": id}``, shown in errors.
         redelivered: whether the backend says that it delivers the payload again.
 
+    Returns:
+        True when the function ran to its end; False when the run was cancelled, before
+        it started or while it ran.
+
     Raises:
         PayloadRejectedError: the payload is not signed with this worker's secret; nothing ran.
         BaseException: what the user's function raised, after it was reported, so that
@@ -40,7 +44,7 @@ def run(payload: bytes | str, *, backend: Mapping[str, str] | None = None, redel
     session = _open(payload, backend)
     if not session.may_start(redelivered=redelivered):
         logger.info("run %s is not wanted any more: skipped", session.assignment.run_id)
-        return
+        return False
     call = _load(session)
     courier = courier_for(session.assignment.origin)
     courier.add(session)
@@ -54,13 +58,14 @@ def run(payload: bytes | str, *, backend: Mapping[str, str] | None = None, redel
             courier.remove(session)
     except BaseException as exc:
         _report_failure(session, exc)
-        return
+        return False
     session.succeed(result)
+    return True
 
 
 async def arun(
     payload: bytes | str, *, backend: Mapping[str, str] | None = None, redelivered: bool = False
-) -> None:
+) -> bool:
     """Execute a payload from a running event loop; otherwise as :func:`run`.
 
     Coroutines run on this loop, other callables in a thread.
@@ -71,7 +76,7 @@ async def arun(
     session = await asyncio.to_thread(_open, payload, backend)
     if not await asyncio.to_thread(session.may_start, redelivered=redelivered):
         logger.info("run %s is not wanted any more: skipped", session.assignment.run_id)
-        return
+        return False
     call = await asyncio.to_thread(_load, session)
     courier = courier_for(session.assignment.origin)
     courier.add(session)
@@ -92,8 +97,9 @@ async def arun(
             _report_failure(session, exc)
         else:
             await asyncio.to_thread(_report_failure, session, exc)
-        return
+        return False
     await asyncio.to_thread(session.succeed, result)
+    return True
 
 
 def _open(payload: bytes | str, backend: Mapping[str, str] | None) -> Session:
@@ -133,7 +139,7 @@ def _load(session: Session) -> _Call:
 
 
 def _report_failure(session: Session, exc: BaseException) -> None:
-    """Deliver the failure, then raise it: the backend learns of it as well."""
+    """Deliver the failure, then raise it, unless it was the cancellation that was asked for."""
     if _is_cancellation(exc):
         if session.context.cancelled:
             session.acknowledge_cancel()
