@@ -57,7 +57,7 @@ class CeleryAdapter(BackendAdapter):
         if app is None:
             app = self._make_app()
         elif isinstance(app, str):
-            app = _import_app(app)
+            app = import_app(app)
         if not hasattr(app, "send_task"):
             raise ConfigurationError(
                 f'executor_config["app"] is a Celery app or its "module:attribute", not {type(app).__name__}'
@@ -158,7 +158,12 @@ class CeleryAdapter(BackendAdapter):
     _owned: Any = None
 
 
-def _import_app(reference: str) -> Any:
+def import_app(reference: str) -> Any:
+    """Return the Celery app named ``"module:attribute"``.
+
+    Raises:
+        ConfigurationError: there is none; says how the name is written.
+    """
     module, _, attribute = reference.partition(":")
     try:
         return getattr(import_module(module), attribute or "app")

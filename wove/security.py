@@ -87,6 +87,11 @@ class SecretRing:
         """Return the secret with that id, or None."""
         return self._by_kid.get(kid)
 
+    @property
+    def kids(self) -> list[str]:
+        """The ids of all secrets."""
+        return list(self._by_kid)
+
     @classmethod
     def parse(cls, text: str, source: str) -> SecretRing:
         """Read ``secret`` or ``kid:secret``, several separated by commas.

@@ -14,7 +14,9 @@ from billiard import current_process
 from celery import shared_task, signals
 from celery.exceptions import Ignore, TimeLimitExceeded, WorkerLostError
 
+import wove
 from wove.errors import WoveError
+from wove.security import find_secrets
 from wove.worker.assignment import Assignment
 from wove.worker.execution import run
 from wove.worker.session import Session
@@ -64,6 +66,23 @@ def _on_revoked(sender: Any = None, request: Any = None, terminated: Any = None,
     args = getattr(request, "args", None)
     if args:
         _report_cancel(args[0])
+
+
+@signals.worker_ready.connect(weak=False)
+def _offer_status(**_: Any) -> None:
+    # Imported here: a worker has it loaded, whoever else imports this module need not.
+    from celery.worker.control import inspect_command
+
+    inspect_command(name="wove_status")(_status)
+
+
+def _status(state: Any) -> dict[str, Any]:
+    """Say which Wove this worker has, and which secret by its key id: ``wove doctor`` asks."""
+    try:
+        ring = find_secrets()
+    except WoveError as exc:
+        return {"version": wove.__version__, "kids": [], "source": str(exc)}
+    return {"version": wove.__version__, "kids": ring.kids, "source": ring.source}
 
 
 def _report_loss(payload: bytes | str, reason: str) -> None:

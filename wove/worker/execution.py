@@ -21,7 +21,7 @@ class TaskCancelledItself(RuntimeError):
     """An ``async`` task raised CancelledError although nobody had cancelled it."""
 
 
-def run(payload: bytes | str, *, backend: Mapping[str, str] | None = None, redelivered: bool = False) -> None:
+def run(payload: bytes | str, *, backend: Mapping[str, str] | None = None, redelivered: bool = False) -> bool:
     """Execute a payload and deliver its outcome to the submitter.
 
     For backends that call a plain function. Synchronous callables run in the calling
