@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 from wove.callback_server.server import CallbackListener
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from wove.callback_server.runs import OpenRun
+    from wove.frames import Frame
+
+    Sink = Callable[[Iterable[Frame]], bool]
 
 _lock = threading.Lock()
 _listeners: dict[tuple[str, int], _Shared] = {}
@@ -22,44 +27,45 @@ class _Shared:
 
 
 class Lease:
-    """One user's share of a listener. Thread-safe."""
+    """One user's share of a listener. Thread-safe; all runs of a lease have one sink."""
 
     def __init__(self, key: tuple[str, int], listener: CallbackListener) -> None:
         self._key = key
         self._listener: CallbackListener | None = listener
         self.host = listener.host
         self.port = listener.port
-        self._runs: set[str] = set()
+        self._sink: Sink | None = None
 
     def open_run(self, run: OpenRun) -> None:
         """Take events for ``run`` until it is closed."""
         if self._listener is None:
             raise RuntimeError("the callback listener was released")
-        self._runs.add(run.run_id)
+        self._sink = run.sink
         self._listener.open_run(run)
 
     def close_run(self, run_id: str) -> None:
         """Take no more events for a run."""
-        self._runs.discard(run_id)
         if self._listener is not None:
             self._listener.close_runs([run_id])
-
-    def forget_run(self, run_id: str) -> None:
-        """The run was closed by its outcome: there is nothing left to close."""
-        self._runs.discard(run_id)
 
     def cancel_run(self, run_id: str) -> None:
         """Tell a run's worker to stop."""
         if self._listener is not None:
             self._listener.cancel_run(run_id)
 
+    def open_runs(self) -> list[OpenRun]:
+        """Return this user's runs that were not closed yet."""
+        if self._listener is None or self._sink is None:
+            return []
+        return self._listener.runs.of(self._sink)
+
     def release(self) -> None:
         """Close what is left of this user's runs; the last user stops the listener. Blocks shortly."""
+        left = [run.run_id for run in self.open_runs()]
         listener, self._listener = self._listener, None
         if listener is None:
             return
-        listener.close_runs(list(self._runs))
-        self._runs.clear()
+        listener.close_runs(left)
         with _lock:
             shared = _listeners.get(self._key)
             if shared is None or shared.listener is not listener:

@@ -108,6 +108,7 @@ class Routes:
             batch = await loop.run_in_executor(None, _verify_and_decode, request, run, key, tag, final, body)
         else:
             batch = _verify_and_decode(request, run, key, tag, final, body)
+        run.started = True
         if self._runs.get(run.run_id) is not run:  # closed while the body came in
             raise _gone(request)
         return self._take(run, key, tag, batch)

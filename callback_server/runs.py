@@ -37,7 +37,7 @@ class OpenRun:
 
     __slots__ = (
         "_keys", "attempt", "beats", "cancelled", "environment", "max_body", "message",
-        "nonce", "ring", "run_id", "sink", "task_id", "watchers",
+        "nonce", "ring", "run_id", "sink", "started", "task_id", "watchers",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +63,8 @@ class OpenRun:
         self.message = message
         self.attempt = attempt
         self.cancelled = False
+        #: Whether a worker has spoken of it.
+        self.started = False
         #: Per execution, the count of its last beat.
         self.beats: dict[str, int] = {}
         #: Set when the run is cancelled or closed: wakes the beats that are held for it.
@@ -107,12 +109,17 @@ class OpenRuns:
             _wake(run)
         return run
 
+    def of(self, sink: Callable[[Iterable[Frame]], bool]) -> list[OpenRun]:
+        """Return the open runs whose events go to ``sink``. Callable from any thread."""
+        return [run for run in list(self._runs.values()) if run.sink == sink]
+
     def cancel(self, run_id: str) -> None:
         """Tell the run's worker, when it next asks or at once over its open beat, to stop."""
         run = self._runs.get(run_id)
         if run is None or run.cancelled:
             return
         run.cancelled = True
+        run.message = None
         # Most workers acknowledge; one that died never does, and is forgotten in the end.
         self._cancelled[run_id] = None
         if len(self._cancelled) > MAX_CANCELLED:

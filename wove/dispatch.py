@@ -12,6 +12,7 @@ from wove.delivery import DeliveryPolicy, Outcome, RunTable
 from wove.errors import (
     ConfigurationError,
     DeliveryOrphanedError,
+    DeliveryTimeoutError,
     EnvironmentExecutionError,
     WoveError,
     safe_text,
@@ -89,12 +90,16 @@ class Dispatcher:
         if self._policy.max_in_flight is not None:
             self._slots = asyncio.Semaphore(self._policy.max_in_flight)
         try:
-            async with asyncio.timeout(START_SECONDS):
+            async with asyncio.timeout(START_SECONDS) as limit:
                 await self.executor.start(
                     environment_name=self.name, environment_config=self._config, run_config=run_config
                 )
-        except BaseException:
+        except BaseException as exc:
             await self._stop_executor()
+            if isinstance(exc, TimeoutError) and limit.expired():
+                raise DeliveryTimeoutError(
+                    f"environment {self.name!r} did not start within {START_SECONDS:g} s"
+                ) from None
             raise
         self._receiver = self._spawn(self._receive(), f"wove-receiver-{self.name}")
 

@@ -6,6 +6,7 @@ import contextlib
 import secrets
 import signal
 import socket
+import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,8 +73,8 @@ def running(names: Sequence[str], redis_url: str | None, port: int | None = None
         for fleet in fleets:
             if queue is not None:
                 stack.callback(leftovers.remove, fleet.name, url, queue, fleet.worker.node)
-            stack.callback(fleet.worker.stop, _STOP_SECONDS)
-            processes.append(fleet.worker.start())
+        stack.callback(_stop_together, fleets)
+        processes += [fleet.worker.start() for fleet in fleets]
         for fleet in fleets:
             fleet.worker.wait_ready()
         try:
@@ -82,6 +83,14 @@ def running(names: Sequence[str], redis_url: str | None, port: int | None = None
             # From here on a second Ctrl-C would only leave things behind; each step has its own time limit.
             for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(signum, signal.SIG_IGN)
+
+
+def _stop_together(fleets: list[Fleet]) -> None:
+    stopping = [threading.Thread(target=fleet.worker.stop, args=(_STOP_SECONDS,)) for fleet in fleets]
+    for thread in stopping:
+        thread.start()
+    for thread in stopping:
+        thread.join()
 
 
 def port_or_free(preferred: int) -> int:

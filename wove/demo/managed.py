@@ -98,8 +98,8 @@ class ManagedProcess:
     """A command running in a session of its own, with its output in a log of its own.
 
     ``command`` is run with this process's environment plus ``env``. ``name`` appears in error messages and
-    in the name of the temporary folder, which goes when the process is stopped; :meth:`log_text` keeps
-    working after that. Subclasses say in :meth:`_is_ready` when the process is ready for work.
+    in the name of its folder, which holds its log and its temporary files and goes when it is stopped;
+    :meth:`log_text` keeps working after that. Subclasses say in :meth:`_is_ready` when it is ready for work.
 
     A stopped process can be started again.
     """
@@ -160,7 +160,7 @@ class ManagedProcess:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     cwd=self._working_folder(),
-                    env={**os.environ, "PYTHONUNBUFFERED": "1", **self._env},
+                    env={**os.environ, **self._own_settings(self._folder), **self._env},
                     start_new_session=True,
                 )
         except BaseException:
@@ -241,6 +241,10 @@ class ManagedProcess:
 
     def _is_ready(self) -> bool:
         return self.running
+
+    def _own_settings(self, folder: Path) -> dict[str, str]:
+        # A killed process leaves its temporary files where they are; here they go with the folder.
+        return {"PYTHONUNBUFFERED": "1", "TMPDIR": str(folder)}
 
     def _working_folder(self) -> str | os.PathLike[str] | None:
         return self._cwd

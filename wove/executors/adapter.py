@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
@@ -37,6 +38,8 @@ DEFAULT_MAX_BODY = 256 * 1024 * 1024
 SUBMIT_SECONDS = 30.0
 CONTROL_SECONDS = 10.0
 CLOSE_SECONDS = 2.0
+#: Seconds that stopping waits for workers that were told to stop.
+DRAIN_SECONDS = 1.5
 #: Runs that leave together at most.
 MAX_BATCH = 500
 
@@ -130,12 +133,11 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
 
     async def recv(self) -> Frame:
         """Return the next event; see :meth:`EnvironmentExecutor.recv`."""
-        if self._channel is None or self._lease is None:
+        if self._channel is None:
             raise RuntimeError(f"the {self.name} executor is not started")
         frame = await self._channel.get()
         if frame.get("type") in frames.TERMINAL:
             self._submissions.pop(frame["run_id"], None)
-            self._lease.forget_run(frame["run_id"])
         return frame
 
     async def stop(self) -> None:
@@ -145,6 +147,8 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         lane, self._lane = self._lane, None
         if self._flushing is not None:
             self._flushing.cancel()
+        if lease is not None:
+            await _drain(lease)
         if adapter is not None and lane is not None:
             try:
                 await lane.call(adapter.close, CLOSE_SECONDS, "close")
@@ -196,8 +200,9 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
                 if not accepted.done():
                     accepted.set_exception(result)
                 continue
-            self._submissions[run_id] = result
+            # Nobody waits for a run that was cancelled meanwhile; its worker will be told.
             if not accepted.done():
+                self._submissions[run_id] = result
                 accepted.set_result(None)
 
     async def _send_batch(self, batch: list[Frame]) -> list[Any]:
@@ -274,6 +279,21 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             lease.close_run(run_id)
             attempt = (frame.get("delivery") or {}).get("attempt", 1)
             self._channel.put([frames.event(frames.TASK_CANCELLED, run_id, frame["task_id"], attempt, 2**31)])
+
+
+async def _drain(lease: Lease) -> None:
+    """Give workers that were told to stop a moment to answer.
+
+    A worker whose callback server has gone offers its outcome for minutes, and is busy
+    with that. Tasks longer than a second have heard of it over their open beat; shorter
+    ones end by themselves.
+    """
+    begun = time.monotonic()
+    while cancelled := [run for run in lease.open_runs() if run.cancelled]:
+        waited = time.monotonic() - begun
+        if waited > (DRAIN_SECONDS if any(run.started for run in cancelled) else DRAIN_SECONDS / 10):
+            return
+        await asyncio.sleep(0.01)
 
 
 class _Lane:

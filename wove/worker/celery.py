@@ -90,7 +90,11 @@ def _report_loss(payload: bytes | str, reason: str) -> None:
 
 
 def _report_cancel(payload: bytes | str) -> None:
-    _in_background(payload, lambda session: session.acknowledge_cancel())
+    def acknowledge(session: Session) -> None:
+        session.cancel()
+        session.acknowledge_cancel()
+
+    _in_background(payload, acknowledge)
 
 
 def _in_background(payload: bytes | str, tell: Any) -> None:

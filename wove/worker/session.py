@@ -31,6 +31,8 @@ logger = logging.getLogger("wove.worker")
 FRESH = 0.01
 #: Seconds that asking for leave to start may take; without an answer the task is run.
 ASK_TIMEOUT = 5.0
+#: Seconds that the outcome of a cancelled run is offered to a callback server that does not answer.
+CANCELLED_RETRY = 5.0
 #: Seconds that a progress report may take.
 REPORT_TIMEOUT = 5.0
 #: Frames and characters that one report holds at most.
@@ -225,7 +227,9 @@ class Session:
         return self._deliver(last, attachments)
 
     def _deliver(self, batch: list[frames.Frame], attachments: list[Buffer]) -> int:
-        give_up = time.monotonic() + retry_seconds()
+        # A caller that has cancelled does not wait: no slot of the fleet is held for it.
+        patience = min(CANCELLED_RETRY, retry_seconds()) if self.context.cancelled else retry_seconds()
+        give_up = time.monotonic() + patience
         refusals = 0
         for attempt in range(1_000_000):
             wait_for: float | None = None
