@@ -8,5 +8,5 @@ import os
 
 from celery import Celery
 
-app = Celery("wove_demo", broker=os.environ.get("WOVE_DEMO_BROKER_URL", "redis://localhost:6379/0"))
+app = Celery("wove_demo", broker=os.environ.get("WOVE_DEMO_BROKER_URL"))
 app.conf.broker_connection_retry_on_startup = True
