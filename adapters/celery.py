@@ -71,26 +71,11 @@ class CeleryAdapter(BackendAdapter):
         return app
 
     def _make_app(self) -> Any:
-        from celery import Celery
-
-        app = Celery(
-            self.config.get("app_name") or "wove",
-            broker=self.config["broker_url"],
-            backend=self.config.get("result_backend"),
-            set_as_current=False,
+        config = self.config
+        self._owned = make_app(
+            config["broker_url"], name=config.get("app_name") or "wove", backend=config.get("result_backend")
         )
-        # Without these a broker that is out holds a submission for as long as it likes.
-        app.conf.update(
-            broker_connection_timeout=BROKER_TIMEOUT,
-            broker_transport_options={
-                "socket_timeout": BROKER_TIMEOUT,
-                "socket_connect_timeout": BROKER_TIMEOUT,
-                "read_timeout": BROKER_TIMEOUT,
-                "write_timeout": BROKER_TIMEOUT,
-            },
-        )
-        self._owned = app
-        return app
+        return self._owned
 
     async def submit(self, payload: bytes, frame: Frame) -> str:
         """Send one task."""
@@ -156,6 +141,34 @@ class CeleryAdapter(BackendAdapter):
 
     #: The app made from ``broker_url``.
     _owned: Any = None
+
+
+def make_app(broker_url: str, *, name: str, backend: str | None = None) -> Any:
+    """Return a Celery app on ``broker_url`` that gives up on a broker which does not answer.
+
+    ``CELERY_BROKER_URL`` in the environment, which Celery prefers to any configuration,
+    belongs to the user's own apps and does not lead this one elsewhere.
+    """
+    from celery import Celery
+
+    class WoveApp(Celery):  # type: ignore[misc]
+        def connection_for_write(self, url: str | None = None, **options: Any) -> Any:
+            return super().connection_for_write(url or broker_url, **options)
+
+        def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
+            return super().connection_for_read(url or broker_url, **options)
+
+    app = WoveApp(name, broker=broker_url, backend=backend, set_as_current=False)
+    app.conf.update(
+        broker_connection_timeout=BROKER_TIMEOUT,
+        broker_transport_options={
+            "socket_timeout": BROKER_TIMEOUT,
+            "socket_connect_timeout": BROKER_TIMEOUT,
+            "read_timeout": BROKER_TIMEOUT,
+            "write_timeout": BROKER_TIMEOUT,
+        },
+    )
+    return app
 
 
 def import_app(reference: str) -> Any:

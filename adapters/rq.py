@@ -24,6 +24,12 @@ REDIS_TIMEOUT = 5.0
 #: Seconds that RQ's worker waits for the callback server to take its webhook.
 WEBHOOK_TIMEOUT = 4
 
+_DELETE_QUEUED = """
+if redis.call('lrem', KEYS[1], 1, ARGV[1]) == 0 then return 0 end
+redis.call('del', KEYS[2])
+return 1
+"""
+
 
 class RqAdapter(BackendAdapter):
     """Submits to RQ workers, which need nothing but the package ``wove[worker]``.
@@ -139,24 +145,25 @@ class RqAdapter(BackendAdapter):
         return bool(await self.blocking(self._cancel, run_id))
 
     def _cancel(self, run_id: str) -> bool:
-        from rq.exceptions import InvalidJobOperation, NoSuchJobError
         from rq.job import Job
 
         connection = self._queue.connection
-        # Whoever takes the id out of the list owns the job: a worker that pops it first
-        # leaves nothing to remove, so a started job is never deleted under its worker.
-        owned = bool(connection.lrem(self._queue.key, 1, run_id))
-        try:
-            job = Job.fetch(run_id, connection=connection, serializer=self._queue.serializer)
-            if owned:
-                job.delete(remove_from_queue=False)
-            elif self.config.get("stop_on_cancel"):
-                from rq.command import send_stop_job_command
+        # In one step: whoever takes the id out of the list owns the job, so a job that a
+        # worker has popped is never deleted under it, and none is left half deleted.
+        if connection.eval(_DELETE_QUEUED, 2, self._queue.key, Job.key_for(run_id), run_id):
+            return True
+        if self.config.get("stop_on_cancel"):
+            self._stop(run_id)
+        return False
 
-                send_stop_job_command(connection, run_id, serializer=self._queue.serializer)
+    def _stop(self, run_id: str) -> None:
+        from rq.command import send_stop_job_command
+        from rq.exceptions import InvalidJobOperation, NoSuchJobError
+
+        try:
+            send_stop_job_command(self._queue.connection, run_id, serializer=self._queue.serializer)
         except (NoSuchJobError, InvalidJobOperation):
-            pass  # it has ended meanwhile, or has not been taken by a worker yet
-        return owned
+            pass  # it has ended meanwhile, or has not begun yet
 
     async def probe(self, run_ids: Sequence[str]) -> dict[str, BackendState]:
         """Ask RQ for the jobs, in one round trip."""

@@ -61,6 +61,7 @@ class Dispatcher:
         self._policy = self._resolve(None)
         self._waiters: dict[str, Waiter] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._cancels: set[asyncio.Task[None]] = set()
         self._slots: asyncio.Semaphore | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -108,10 +109,14 @@ class Dispatcher:
         if self._stopping:
             return
         self._stopping = True
-        cancels = [self._orphan(run) for run in self.table.open_runs()]
-        frames_to_send = [frame for frame in cancels if frame is not None]
-        if frames_to_send and self._broken is None:
-            await self._within(STOP_SECONDS / 2, self._send_all(frames_to_send), "cancelling open runs")
+        orphans = [(run, self._orphan(run)) for run in self.table.open_runs()]
+        if self._broken is None:
+            for run, cancel_work in orphans:
+                if cancel_work:
+                    self._spawn_cancel(run)
+            # Also those of callers that were cancelled a moment ago, by Ctrl-C for one.
+            if self._cancels:
+                await asyncio.wait(self._cancels, timeout=STOP_SECONDS / 2)
         if self._timer is not None:
             self._timer.cancel()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
@@ -121,7 +126,8 @@ class Dispatcher:
             await asyncio.wait(tasks, timeout=1.0)
         await self._stop_executor()
 
-    def _orphan(self, run: Run) -> Frame | None:
+    def _orphan(self, run: Run) -> bool:
+        """End a run by its policy; tell whether its work is to be cancelled."""
         policy = run.policy.orphan_policy
         waiter = self._waiters.get(run.run_id)
         if policy == "cancel":
@@ -136,10 +142,7 @@ class Dispatcher:
             outcome = self.table.fail(run.run_id, error)
             if outcome is not None:
                 self._settle(outcome)
-        return None if policy == "detach" else _cancel_frame(run)
-
-    async def _send_all(self, batch: list[Frame]) -> None:
-        await asyncio.gather(*(self.executor.send(frame) for frame in batch), return_exceptions=True)
+        return policy != "detach"
 
     async def _stop_executor(self) -> None:
         await self._within(STOP_SECONDS, self.executor.stop(), "stopping the executor")
@@ -269,7 +272,12 @@ class Dispatcher:
         if waiter is not None and waiter.sending is not None and not waiter.sending.done():
             waiter.sending.cancel()
         if not self._stopping:
-            self._spawn(self._send_cancel(run), "wove-cancel")
+            self._spawn_cancel(run)
+
+    def _spawn_cancel(self, run: Run) -> None:
+        task = self._spawn(self._send_cancel(run), "wove-cancel")
+        self._cancels.add(task)
+        task.add_done_callback(self._cancels.discard)
 
     async def _send_cancel(self, run: Run) -> None:
         try:

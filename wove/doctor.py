@@ -126,16 +126,12 @@ def _celery_workers(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _celery_app(config: Mapping[str, Any]) -> Any:
-    from wove.adapters.celery import import_app
+    from wove.adapters.celery import import_app, make_app
 
     app = config.get("app")
-    if isinstance(app, str):
-        return import_app(app)
-    if app is not None:
-        return app
-    from celery import Celery
-
-    return Celery("wove-doctor", broker=config["broker_url"], set_as_current=False)
+    if app is None:
+        return make_app(config["broker_url"], name="wove-doctor")
+    return import_app(app) if isinstance(app, str) else app
 
 
 def _unusable(worker: str, task: str, knows: bool, wanted: str, listens: list[str]) -> Finding:

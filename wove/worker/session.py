@@ -32,7 +32,7 @@ FRESH = 0.01
 #: Seconds that asking for leave to start may take; without an answer the task is run.
 ASK_TIMEOUT = 5.0
 #: Seconds that the outcome of a cancelled run is offered to a callback server that does not answer.
-CANCELLED_RETRY = 5.0
+CANCELLED_RETRY = 2.0
 #: Seconds that a progress report may take.
 REPORT_TIMEOUT = 5.0
 #: Frames and characters that one report holds at most.
