@@ -51,6 +51,8 @@ class BackendAdapter(ABC):
     install_hint: ClassVar[str] = ""
     #: ``executor_config`` keys of this adapter, beside those every adapter shares. None: any.
     config_keys: ClassVar[tuple[str, ...] | None] = None
+    #: Whether the backend can call a URL when a job fails: then frames carry ``failure_webhook``.
+    takes_failure_webhook: ClassVar[bool] = False
 
     def __init__(
         self, *, name: str, config: Mapping[str, Any], callback_url: str, run_config: Mapping[str, Any]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from wove.frames import Frame
 
+#: Seconds after its ``delivery_timeout`` in which a task that was never started is dropped by Celery.
+EXPIRES_AFTER = 24 * 3600
 #: Seconds that an app made here waits for its broker before a submission fails.
 BROKER_TIMEOUT = 5.0
 
@@ -96,11 +98,13 @@ class CeleryAdapter(BackendAdapter):
                 for payload, frame in batch:
                     results.append(self._send(producer, payload, frame))
         except Exception as exc:
-            error = _submit_error(exc)
-            results.extend([error] * (len(batch) - len(results)))
+            # The broker is out: trying each of the others would take its retries again.
+            results.extend(_submit_error(exc) for _ in range(len(batch) - len(results)))
         return results
 
     def _send(self, producer: Any, payload: bytes, frame: Frame) -> Any:
+        from kombu.exceptions import OperationalError
+
         run_id = frame["run_id"]
         timeout = (frame.get("delivery") or {}).get("timeout")
         try:
@@ -116,13 +120,16 @@ class CeleryAdapter(BackendAdapter):
                     "shadow": frame["task_id"],
                     "argsrepr": summarize_call(frame),
                     "kwargsrepr": "{}",
-                    # Work that nobody waits for any more is not started.
-                    "expires": math.ceil(timeout) + 1 if timeout else None,
+                    # Litter is dropped in the end. Not sooner: this is an absolute time, which
+                    # a worker compares with a clock that may differ from ours.
+                    "expires": math.ceil(timeout) + EXPIRES_AFTER if timeout else None,
                     # The fleet's own task_routes match the function, not "wove.run".
                     "route_name": frame["task_id"],
                     **self._options,
                 },
             )
+        except OperationalError:
+            raise
         except Exception as exc:
             return _submit_error(exc)
         return run_id

@@ -27,6 +27,8 @@ class MemoryAdapter(BackendAdapter):
     install_hint = 'pip install "wove[dispatch]"'
     config_keys = ("threads",)
 
+    _workers: DaemonPool | None = None
+
     async def start(self) -> None:
         """Start the threads."""
         threads = self.config.get("threads", 8)
@@ -39,6 +41,8 @@ class MemoryAdapter(BackendAdapter):
     async def submit(self, payload: bytes, frame: Frame) -> str:
         """Queue the payload for a thread."""
         run_id: str = frame["run_id"]
+        if self._workers is None:
+            raise RuntimeError("the memory adapter is not started")
         with self._lock:
             self._jobs[run_id] = self._workers.submit(self._work, payload, run_id)
         return run_id
@@ -60,7 +64,8 @@ class MemoryAdapter(BackendAdapter):
 
     async def close(self) -> None:
         """Let the threads end after what they are in."""
-        self._workers.close()
+        if self._workers is not None:
+            self._workers.close()
 
     def _work(self, payload: bytes, run_id: str) -> None:
         from wove.worker.execution import run

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 #: The job function, by name: the submitter need not import the worker side.
 JOB_FUNCTION = "wove.worker.rq.run"
+STOPPED_FUNCTION = "wove.worker.rq.on_stopped"
 #: Seconds that a failed job can be looked at in RQ before it is gone; RQ's default is a year.
 FAILURE_TTL = 300
 #: Seconds that a client made here waits for Redis before a submission fails.
@@ -41,6 +42,7 @@ class RqAdapter(BackendAdapter):
 
     required_modules = ("rq", "redis", "aiohttp", "cloudpickle", "msgpack")
     install_hint = 'pip install "wove[rq]"'
+    takes_failure_webhook = True
     config_keys = ("enqueue_options", "queue", "queue_name", "redis_url", "stop_on_cancel")
 
     async def start(self) -> None:
@@ -102,11 +104,7 @@ class RqAdapter(BackendAdapter):
                 self._queue.enqueue_many(jobs, pipeline=pipeline)
                 pipeline.execute()
         except Exception as exc:
-            error = SubmitError(
-                f"Redis did not accept the run: {type(exc).__name__}: {scrub(str(exc))}", maybe_accepted=True
-            )
-            error.__cause__ = exc
-            return [result if isinstance(result, Exception) else error for result in results]
+            return [result if isinstance(result, Exception) else _submit_error(exc) for result in results]
         return results
 
     def _job(self, payload: bytes, frame: Frame) -> Any:
@@ -135,6 +133,11 @@ class RqAdapter(BackendAdapter):
                     timeout=WEBHOOK_TIMEOUT,
                 )
             ]
+        if self.config.get("stop_on_cancel"):
+            from rq import Callback
+
+            # RQ's own word for a stopped job: the work horse has no chance to say it.
+            settings["on_stopped"] = Callback(STOPPED_FUNCTION)
         options = dict(self._options)
         if "job_timeout" in options:  # `enqueue` and `prepare_data` name it differently
             settings["timeout"] = options.pop("job_timeout")
@@ -184,6 +187,14 @@ class RqAdapter(BackendAdapter):
 
     #: The client made from ``redis_url``.
     _owned: Any = None
+
+
+def _submit_error(exc: Exception) -> SubmitError:
+    error = SubmitError(
+        f"Redis did not accept the run: {type(exc).__name__}: {scrub(str(exc))}", maybe_accepted=True
+    )
+    error.__cause__ = exc
+    return error
 
 
 _STATES = {

@@ -83,8 +83,9 @@ def _decode_result(frame: Frame, attachments: list[memoryview]) -> None:
         frame["result"] = decode_value(frame["result"], attachments)
     except ProtocolError:
         raise
-    except Exception as exc:
-        # Its class is missing here, say: an error of this run, and of no other.
+    except BaseException as exc:
+        # Its class is missing here, say, or its module calls sys.exit(): an error of this
+        # run, and of no other, whereas SystemExit would end the listener of them all.
         text = f"the result cannot be rebuilt in the submitter: {type(exc).__name__}: {safe_text(exc, 500)}"
         error = {**normalize_exception(exc, source="executor"), "kind": "ResultDecodeError", "message": text}
         del frame["result"]

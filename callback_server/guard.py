@@ -8,6 +8,7 @@ adds them by aiohttp's public API.
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,10 @@ KEEP_ALIVE_SECONDS = 75.0
 #: Seconds for a body, and the bytes a second that earn a large one more time.
 BODY_SECONDS = 30.0
 SLOWEST_BODY = 64 * 1024
-#: Connections at once; beyond it the longest idle one is closed.
+#: Connections at once, and the part of the process's file descriptors they may take; beyond it
+#: the longest idle one is closed.
 MAX_CONNECTIONS = 1024
+DESCRIPTOR_SHARE = 4
 #: Bytes of bodies that may be under way at once; beyond it peers are asked to come back.
 MAX_BYTES_IN_FLIGHT = 512 * 1024 * 1024
 #: Seconds between two looks at the connections.
@@ -40,6 +43,11 @@ class Guard:
         self._used: set[Any] = set()
         self._active: set[Any] = set()
         self._bytes = 0
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._max_connections = MAX_CONNECTIONS
+        if descriptors != resource.RLIM_INFINITY:
+            # The application needs descriptors too.
+            self._max_connections = min(MAX_CONNECTIONS, max(8, descriptors // DESCRIPTOR_SHARE))
 
     @property
     def connections(self) -> int:
@@ -61,7 +69,7 @@ class Guard:
         for protocol in live:
             self._last_seen.setdefault(protocol, now)
         idle = sorted((p for p in self._last_seen if p not in self._active), key=self._last_seen.__getitem__)
-        excess = len(live) - MAX_CONNECTIONS
+        excess = len(live) - self._max_connections
         for index, protocol in enumerate(idle):
             limit = KEEP_ALIVE_SECONDS if protocol in self._used else HEAD_SECONDS
             if index < excess or now - self._last_seen[protocol] > limit:

@@ -92,7 +92,7 @@ def acquire(host: str, port: int) -> Lease:
     key = (host, port)
     with _lock:
         shared = _listeners.get(key)
-        if shared is None:
+        if shared is None or not shared.listener.alive:
             listener = CallbackListener(host, port)
             try:
                 listener.start()

@@ -17,7 +17,7 @@ import json
 import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -143,7 +143,7 @@ class Routes:
         wake = asyncio.Event()
         for beat in beating:
             beat.run.watchers.add(wake)
-            beat.run.sink([_event(beat.run, frames.HEARTBEAT)])
+            beat.run.sink([beat.run.event(frames.HEARTBEAT)])
         try:
             async with asyncio.timeout(hold):
                 while not any(beat.to_cancel for beat in beating) and self._any_open(beating):
@@ -186,7 +186,7 @@ class Routes:
             return None
         number = int(count)
         expected = beat_tag(key, run_id, execution, number).hex().encode()
-        if not same(expected, tag.encode()) or number <= run.beats.get(execution, 0):
+        if not same(expected, tag.encode("utf-8", "replace")) or number <= run.beats.get(execution, 0):
             return None
         if len(run.beats) >= MAX_EXECUTIONS and execution not in run.beats:
             return None
@@ -246,7 +246,7 @@ class Routes:
             "retryable": True,
             "source": "backend",
         }
-        self._close_with(run, [_event(run, frames.TASK_ERROR, error=error)])
+        self._close_with(run, [run.event(frames.TASK_ERROR, error=error)])
 
     # --- shared -----------------------------------------------------------------
 
@@ -255,10 +255,6 @@ class Routes:
         if run is None:
             raise _gone(request)
         return run
-
-
-def _event(run: OpenRun, kind: str, **fields: Any) -> Frame:
-    return frames.event(kind, run.run_id, run.task_id, run.attempt, 2**31, **fields)
 
 
 def _known_key(request: web.Request, run: OpenRun) -> bytes:
@@ -287,7 +283,7 @@ def _verify_and_decode(
         if not final:
             raise web.HTTPBadRequest(text=cut(str(exc), 500)) from None
         # An outcome that nobody can read is an outcome all the same: nothing else will come.
-        return [_event(run, frames.TASK_ERROR, error=normalize_exception(exc, source="worker"))]
+        return [run.event(frames.TASK_ERROR, error=normalize_exception(exc, source="worker"))]
 
 
 def _failure_text(body: bytearray) -> str:

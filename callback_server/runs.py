@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from wove import frames
+from wove.errors import normalize_exception
 from wove.security import run_key
 
 if TYPE_CHECKING:
@@ -71,6 +73,10 @@ class OpenRun:
         self.watchers: set[asyncio.Event] = set()
         self._keys: dict[str, bytes] = {}
 
+    def event(self, kind: str, **fields: Any) -> Frame:
+        """Return an event of this run that arises here, not at its worker."""
+        return frames.event(kind, self.run_id, self.task_id, self.attempt, 2**31, **fields)
+
     def key(self, kid: str) -> bytes | None:
         """Return the key of this run's events under the secret ``kid``; None for an unknown one."""
         key = self._keys.get(kid)
@@ -108,6 +114,14 @@ class OpenRuns:
             run.message = None
             _wake(run)
         return run
+
+    def fail_all(self, exc: BaseException) -> None:
+        """End every run with an error: nobody listens for them any more."""
+        error = normalize_exception(exc, source="executor")
+        error["message"] = f"the callback listener failed: {error['kind']}: {error['message']}"
+        for run in list(self._runs.values()):
+            self.close(run.run_id)
+            run.sink([run.event(frames.TASK_ERROR, error=error)])
 
     def of(self, sink: Callable[[Iterable[Frame]], bool]) -> list[OpenRun]:
         """Return the open runs whose events go to ``sink``. Callable from any thread."""

@@ -50,7 +50,7 @@ class CallbackListener:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
-        self._socket: socket.socket | None = None
+        self._sockets: list[socket.socket] = []
 
     def start(self) -> None:
         """Listen. Blocks until the port is bound.
@@ -74,7 +74,8 @@ class CallbackListener:
                 f"callback_port {self.port} on {self.host} is taken by another process: choose another "
                 "callback_port, or 0 for any free one"
             )
-        reason = os.strerror(exc.errno) if exc.errno else str(exc)
+        # The resolver's numbers are not the system's.
+        reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc.strerror or str(exc)
         return (
             f"cannot listen on callback_host {self.host!r}, callback_port {self.port}: {reason}; callback_host is "
             "an address of this machine"
@@ -92,12 +93,17 @@ class CallbackListener:
         if thread.is_alive():
             logger.warning("the callback listener on %s:%s did not stop in time", self.host, self.port)
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
     def close_in_child(self) -> None:
-        """Give the inherited socket up, in a forked child: the parent alone listens."""
+        """Give the inherited sockets up, in a forked child: the parent alone listens."""
         self._thread = None
-        if self._socket is not None:
-            os.close(self._socket.detach())
-            self._socket = None
+        for inherited in self._sockets:
+            os.close(inherited.detach())
+        self._sockets = []
 
     # --- runs, from any thread ------------------------------------------------
 
@@ -132,6 +138,7 @@ class CallbackListener:
                 bound.set_exception(exc)
             else:
                 logger.exception("the callback listener on %s:%s failed", self.host, self.port)
+                self.runs.fail_all(exc)
             if not isinstance(exc, Exception):
                 raise
 
@@ -161,7 +168,7 @@ class CallbackListener:
             if server is None:
                 raise RuntimeError("aiohttp started no server")
             address = runner.addresses[0]
-            self._socket = _listening_socket(site)
+            self._sockets = _listening_sockets(site)
             sweeper = asyncio.create_task(self.guard.sweep(server))
             bound.set_result(int(address[1]))
             await self._stop.wait()
@@ -171,8 +178,7 @@ class CallbackListener:
             await runner.cleanup()
 
 
-def _listening_socket(site: web.TCPSite) -> Any:
-    # aiohttp has no public way to the socket; it is needed only to close it in a forked child.
+def _listening_sockets(site: web.TCPSite) -> list[Any]:
+    # aiohttp has no public way to the sockets; they are needed only to close them in a forked child.
     server = getattr(site, "_server", None)
-    sockets = getattr(server, "sockets", None) or ()
-    return next((getattr(sock, "_sock", sock) for sock in sockets), None)
+    return [getattr(sock, "_sock", sock) for sock in getattr(server, "sockets", None) or ()]

@@ -10,6 +10,7 @@ import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from wove.errors import ConfigurationError, EncodeError
 from wove.security import NONCE_SIZE, SecretRing, run_key, seal_payload, webhook_token
@@ -61,6 +62,7 @@ def build_payload(frame: Frame, *, environment: str, ring: SecretRing, callback_
         "callback": callback_url,
         "sent_at": time.time(),
         "heartbeat": delivery.get("heartbeat_seconds"),
+        "timeout": delivery.get("timeout"),
     }
     call = {
         "callable": encode_callable(frame["callable"], attachments),
@@ -138,9 +140,12 @@ def resolve_callback_url(config: Mapping[str, Any], host: str, port: int) -> str
         )
     try:
         url = configured.format(hostname=os.environ.get("HOSTNAME") or socket.gethostname(), port=port)
-    except (KeyError, IndexError, ValueError) as exc:
+        parts = urlsplit(url)
+        if not parts.hostname or parts.query or parts.fragment or (parts.port == 0 and port):
+            raise ValueError("it needs a host, and takes no port 0, query or fragment")
+    except Exception as exc:
         raise ConfigurationError(
-            f'executor_config["callback_url"] may contain {{hostname}} and {{port}}, nothing else in braces; '
-            f"got {configured!r} ({type(exc).__name__}: {exc})"
+            'executor_config["callback_url"] is a URL that may contain {hostname} and {port}, and nothing else in '
+            f"braces; got {configured!r} ({type(exc).__name__}: {exc})"
         ) from None
     return url.rstrip("/")

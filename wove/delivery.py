@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from wove import frames
 from wove.errors import ConfigurationError, DeliveryTimeoutError, ProtocolError, WorkerLostError
@@ -144,6 +144,16 @@ class Outcome:
     cancel_work: bool = False
 
 
+class Applied(NamedTuple):
+    """What became of an event: whether its run took it, and the outcome if it was that."""
+
+    taken: bool
+    outcome: Outcome | None = None
+
+
+_DROPPED = Applied(taken=False)
+
+
 class RunTable:
     """Every open run of one environment.
 
@@ -208,32 +218,34 @@ class RunTable:
             self._watch(run)
         return None
 
-    def apply(self, frame: Mapping[str, Any]) -> Outcome | None:
+    def apply(self, frame: Mapping[str, Any]) -> Applied:
         """Take an event in.
 
         Returns:
-            The outcome when the event ends its run. Malformed and unknown events,
-            and those of closed runs, are counted in :attr:`dropped` and change nothing.
+            Whether the event was taken, and the outcome when it ends its run. Malformed
+            and unknown events, and those of closed runs, are counted in :attr:`dropped`
+            and change nothing.
         """
         try:
             known = frames.check_event(frame)
         except ProtocolError:
             self.dropped["malformed"] += 1
-            return None
+            return _DROPPED
         run = self._open.get(frame["run_id"])
         if run is None:
             self.dropped["late" if frame["run_id"] in self._closed else "unknown_run"] += 1
-            return None
+            return _DROPPED
         if not known:
             self.dropped["unknown_type"] += 1
-            return None
+            return _DROPPED
         self._sign_of_life(run, frame)
-        if frame["type"] in frames.TERMINAL:
-            return self._terminal(run, frame)
-        return None
+        outcome = self._terminal(run, frame) if frame["type"] in frames.TERMINAL else None
+        return Applied(taken=True, outcome=outcome)
 
     def _sign_of_life(self, run: Run, frame: Mapping[str, Any]) -> None:
-        run.last_seen = self._clock()
+        # When it arrived, which may be a while ago: the loop may have been busy since.
+        arrived = frame.get("received_at")
+        run.last_seen = max(run.last_seen or 0.0, arrived if arrived is not None else self._clock())
         if isinstance(frame.get("worker"), Mapping):
             run.worker = frame["worker"]
         if run.started_at is None:
@@ -301,8 +313,14 @@ class RunTable:
 
     def _watch(self, run: Run) -> None:
         due, _ = self._due(run)
-        if due is not None:
-            heapq.heappush(self._deadlines, (due, run.run_id))
+        if due is None:
+            return
+        heapq.heappush(self._deadlines, (due, run.run_id))
+        if len(self._deadlines) > 64 + 4 * len(self._open):
+            # Mostly entries of runs that have ended: kept until their time they would pile up.
+            live = {run_id: self._due(open_run)[0] for run_id, open_run in self._open.items()}
+            self._deadlines = [(when, run_id) for run_id, when in live.items() if when is not None]
+            heapq.heapify(self._deadlines)
 
     def _expired(self, run: Run, reason: str, now: float) -> Outcome | None:
         if reason == "cancel":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from wove import frames
 from wove.delivery import DeliveryPolicy, Outcome, RunTable
@@ -33,8 +35,15 @@ logger = logging.getLogger("wove.dispatch")
 #: How long, in seconds, starting and stopping an executor may take.
 START_SECONDS = 30.0
 STOP_SECONDS = 4.0
+#: Longest name of a task, in characters.
+MAX_TASK_ID = 1_000
 #: The receiver lets other tasks run after so many events without a pause.
 EVENTS_PER_TURN = 200
+#: Turns that a deadline waits at most for events that have arrived and were not read yet.
+MAX_CATCH_UP = 100
+
+#: Which environment an executor serves: one executor cannot serve two.
+_serving: WeakKeyDictionary[EnvironmentExecutor, str] = WeakKeyDictionary()
 
 
 class Dispatcher:
@@ -67,6 +76,9 @@ class Dispatcher:
         self._receiver: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
         self._stopping = False
+        self._stop_task: asyncio.Task[None] | None = None
+        self._started = False
+        self._taken = 0
 
     @property
     def policy(self) -> DeliveryPolicy:
@@ -74,9 +86,13 @@ class Dispatcher:
         return self._policy
 
     def _resolve(self, overrides: Mapping[str, Any] | None) -> DeliveryPolicy:
-        return DeliveryPolicy.resolve(
+        policy = DeliveryPolicy.resolve(
             overrides, *self._defaults, heartbeat_seconds=self.executor.default_heartbeat_seconds
         )
+        if self.executor.default_heartbeat_seconds is None:
+            # Its workers send no heartbeats: silence means nothing there.
+            policy = replace(policy, heartbeat_seconds=None)
+        return policy
 
     # --- life --------------------------------------------------------------
 
@@ -86,6 +102,13 @@ class Dispatcher:
         Raises:
             Exception: whatever the executor's ``start`` raises, after it was stopped again.
         """
+        other = _serving.setdefault(self.executor, self.name)
+        if other != self.name or self._started:
+            raise ConfigurationError(
+                f"environment {self.name!r}: its executor instance serves environment {other!r} already; "
+                "each environment needs an executor of its own"
+            )
+        self._started = True
         self._loop = asyncio.get_running_loop()
         self.table = RunTable(self.name, self._loop.time)
         if self._policy.max_in_flight is not None:
@@ -106,9 +129,13 @@ class Dispatcher:
 
     async def stop(self) -> None:
         """End every open run by its orphan policy, then stop the executor. Idempotent."""
-        if self._stopping:
-            return
-        self._stopping = True
+        if self._stop_task is None:
+            self._stopping = True
+            self._stop_task = asyncio.create_task(self._stop(), name=f"wove-stop-{self.name}")
+        # Whoever waits may be cancelled; the environment is stopped all the same.
+        await asyncio.shield(self._stop_task)
+
+    async def _stop(self) -> None:
         orphans = [(run, self._orphan(run)) for run in self.table.open_runs()]
         if self._broken is None:
             for run, cancel_work in orphans:
@@ -146,6 +173,7 @@ class Dispatcher:
 
     async def _stop_executor(self) -> None:
         await self._within(STOP_SECONDS, self.executor.stop(), "stopping the executor")
+        _serving.pop(self.executor, None)
 
     async def _within(self, seconds: float, work: Coroutine[Any, Any, None], what: str) -> None:
         try:
@@ -191,6 +219,10 @@ class Dispatcher:
             )
         if not callable(func):
             raise TypeError(f"run() takes a callable, not {type(func).__name__}")
+        if task_id is not None and (not isinstance(task_id, str) or len(task_id) > MAX_TASK_ID):
+            raise TypeError(
+                f"a task's name is a string of at most {MAX_TASK_ID} characters; got {task_id!r:.100}"
+            )
         if self._slots is None:
             return await self._call(func, positional, keywords, task_id, policy, on_progress)
         async with self._slots:
@@ -245,6 +277,9 @@ class Dispatcher:
             ) from self._broken
 
     async def _submit(self, run: Run, frame: Frame) -> None:
+        waiter = self._waiters.get(run.run_id)
+        if waiter is not None:
+            waiter.handed_over = True
         try:
             await self.executor.send(frame)
         except Exception as exc:
@@ -260,6 +295,12 @@ class Dispatcher:
         outcome = self.table.cancel(run.run_id)
         if outcome is not None:
             self._settle(outcome)
+            return
+        if not waiter.handed_over:
+            # The executor has never seen it: there is nobody to acknowledge anything.
+            if waiter.sending is not None:
+                waiter.sending.cancel()
+            self.table.fail(run.run_id, asyncio.CancelledError())
             return
         waiter.renew(self._loop)
         self._set_timer()
@@ -305,14 +346,15 @@ class Dispatcher:
                     self._settle(self.table.fail(run.run_id, error))
 
     def _take(self, frame: Frame) -> None:
-        outcome = self.table.apply(frame)
+        self._taken += 1
+        taken, outcome = self.table.apply(frame)
         if outcome is not None:
             self._settle(outcome)
-        elif frame.get("type") in (frames.PROGRESS, frames.LOG):
-            waiter = self._waiters.get(frame.get("run_id", ""))
-            if waiter is not None:
-                waiter.report(frame)
-        else:
+        elif taken:
+            if frame["type"] in (frames.PROGRESS, frames.LOG):
+                waiter = self._waiters.get(frame["run_id"])
+                if waiter is not None:
+                    waiter.report(frame)
             self._set_timer()
 
     def _settle(self, outcome: Outcome | None) -> None:
@@ -341,10 +383,20 @@ class Dispatcher:
             if self._loop.time() < self._timer.when() <= due:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_at(due, self._expire)
+        self._timer = self._loop.call_at(due, self._wake)
 
-    def _expire(self) -> None:
+    def _wake(self) -> None:
         self._timer = None
+        self._spawn(self._expire(), "wove-expire")
+
+    async def _expire(self) -> None:
+        # What has arrived counts, however late a busy loop comes to read it.
+        for _ in range(MAX_CATCH_UP):
+            taken = self._taken
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            if taken == self._taken:
+                break
         for outcome in self.table.expire():
             self._settle(outcome)
         self._set_timer()

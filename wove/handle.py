@@ -254,7 +254,8 @@ class _Window:
 
 def _outcome(task: asyncio.Future[Any], return_exceptions: bool) -> Any:
     if return_exceptions and not task.cancelled():
-        return task.exception() or task.result()
+        exception = task.exception()
+        return task.result() if exception is None else exception
     return task.result()
 
 

@@ -75,7 +75,7 @@ def _encode_object(exc: BaseException, attachments: list[Buffer]) -> list[Any] |
             descriptor = encode_value(form, trial)
             views = [memoryview(part) for part in trial]
             back = _rebuild(decode_value(descriptor, views))
-        except Exception:  # noqa: S112 - the next form, or the text, stands for it
+        except BaseException:  # noqa: S112 - the next form, or the text, stands for it
             continue
         # An exception that pickles as something else would change its type silently.
         if type(back) is type(exc) and len(attachments) + len(trial) <= 32:
@@ -142,8 +142,9 @@ def _decode_entry(entry: Any, attachments: Sequence[memoryview]) -> BaseExceptio
     if "value" in entry:
         try:
             exc = _rebuild(decode_value(entry["value"], attachments))
-        except Exception:
-            exc = None  # its class does not exist here: the text stands for it
+        except BaseException:
+            # Its class does not exist here, or unpickling it exits: the text stands for it.
+            exc = None
     if exc is None:
         return _Unrebuilt({"kind": safe_text(entry.get("kind")), "message": safe_text(entry.get("message"))})
     return exc

@@ -52,7 +52,8 @@ class ExecutorRuntime:
         DeliveryPolicy.resolve(self._run_config)
         self._dispatchers: dict[str, Dispatcher] = {}
         self._starting: dict[str, asyncio.Lock] = {}
-        self._started = False
+        # Counts calls of stop(): an environment that was starting meanwhile is stopped, too.
+        self._stops = 0
 
     async def __aenter__(self) -> ExecutorRuntime:
         await self.start()
@@ -78,12 +79,15 @@ class ExecutorRuntime:
             Exception: what the first failing environment raised, with a note that names
                 it; the other environments are stopped again.
         """
-        self._started = True
         names = list(self._definitions)
-        results = await asyncio.gather(
-            *(self.ensure_environment(name, self._definitions[name]) for name in names),
-            return_exceptions=True,
-        )
+        try:
+            results = await asyncio.gather(
+                *(self.ensure_environment(name, self._definitions[name]) for name in names),
+                return_exceptions=True,
+            )
+        except BaseException:
+            await self.stop()
+            raise
         failed = [
             (name, result)
             for name, result in zip(names, results, strict=True)
@@ -91,12 +95,11 @@ class ExecutorRuntime:
         ]
         if failed:
             await self.stop()
-            # A cancelled start is reported as such; otherwise the first failure speaks.
             raise failed[0][1]
 
     async def stop(self) -> None:
         """Stop all environments; open runs end by their ``delivery_orphan_policy``. Idempotent."""
-        self._started = False
+        self._stops += 1
         dispatchers = list(self._dispatchers.values())
         self._dispatchers.clear()
         await asyncio.gather(*(dispatcher.stop() for dispatcher in dispatchers))
@@ -112,6 +115,7 @@ class ExecutorRuntime:
         async with self._starting.setdefault(environment_name, asyncio.Lock()):
             if environment_name in self._dispatchers:
                 return
+            stops = self._stops
             executor = _build_executor(environment_name, checked)
             dispatcher = Dispatcher(
                 environment_name,
@@ -124,9 +128,13 @@ class ExecutorRuntime:
             except Exception as exc:
                 exc.add_note(f"while starting environment {environment_name!r}")
                 raise
+            if stops != self._stops:
+                await dispatcher.stop()
+                raise WoveError(
+                    f"the runtime was stopped while environment {environment_name!r} was starting"
+                )
             self._definitions[environment_name] = checked
             self._dispatchers[environment_name] = dispatcher
-            self._started = True
 
     def is_local_environment(self, environment_name: str) -> bool:
         """Tell whether the environment runs its tasks in this process.

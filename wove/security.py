@@ -12,12 +12,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
+import socket
 import stat
 import struct
 from functools import lru_cache
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
 
 from wove.errors import ConfigurationError, PayloadRejectedError
 
@@ -34,6 +38,8 @@ TAG_SIZE = 32
 NONCE_SIZE = 16
 
 _MAGIC = b"WOVE\x01"
+_LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
+_KEY_ID = re.compile(r"[A-Za-z0-9._-]{1,32}")
 _LENGTH = struct.Struct(">I")
 
 
@@ -47,6 +53,11 @@ class Secret:
             raise ConfigurationError(
                 f"a secret needs at least {MIN_SECRET} bytes and this one has {len(value)}; make one with: "
                 "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+            )
+        if kid is not None and not _KEY_ID.fullmatch(kid):
+            raise ConfigurationError(
+                "a secret's key id, before its colon, has 1 to 32 letters, digits, dots, dashes and underscores; a "
+                "secret without an id contains no colon"
             )
         self._value = value
         self.kid = kid or hmac.digest(value, b"wove/1 key id", "sha256").hex()[:8]
@@ -299,15 +310,39 @@ def scrub(text: str) -> str:
     return "://".join(pieces)
 
 
-def check_listener(host: str, ring: SecretRing, config: Mapping[str, Any]) -> None:
+def check_listener(host: str, ring: SecretRing) -> None:
     """Refuse a listener that other hosts reach without a secret that they share.
 
     Raises:
         ConfigurationError: says which setting is missing.
     """
-    if host in ("127.0.0.1", "::1", "localhost") or not is_cookie(ring):
+    if host in _LOCAL_HOSTS or not is_cookie(ring):
         return
     raise ConfigurationError(
         f'callback_host "{host}" can be reached from other hosts, which do not have this user\'s cookie: '
         'set WOVE_SECRET (or executor_config["security"]) to one secret on the submitter and its workers'
     )
+
+
+def check_plain_http(callback_url: str, config: Mapping[str, Any]) -> None:
+    """Refuse callbacks that would cross the internet unencrypted. Resolves the host; may block.
+
+    Raises:
+        ConfigurationError: plain HTTP to a public address, without ``insecure``.
+    """
+    insecure = config.get("insecure", False)
+    if type(insecure) is not bool:
+        raise ConfigurationError(f'executor_config["insecure"] is True or False; got {insecure!r}')
+    parts = urlsplit(callback_url)
+    if insecure or parts.scheme != "http" or not parts.hostname or parts.hostname in _LOCAL_HOSTS:
+        return
+    try:
+        found = {item[4][0] for item in socket.getaddrinfo(parts.hostname, None)}
+    except OSError:
+        return  # a name that only the workers' network knows
+    public = sorted(address for address in map(str, found) if ip_address(address.partition("%")[0]).is_global)
+    if public:
+        raise ConfigurationError(
+            f'callback_url "{callback_url}" is plain HTTP to the public address {public[0]}: outcomes are signed, but '
+            'anybody on the way can read them. Use an https:// URL (a reverse proxy), or set "insecure": True'
+        )

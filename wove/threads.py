@@ -48,17 +48,23 @@ class DaemonPool:
         threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True).start()
         return future
 
+    def close_after(self) -> None:
+        """Let the threads end after what was submitted; take no more."""
+        with self._lock:
+            self._closed = True
+            threads = self._threads
+        for _ in range(threads):
+            self._work.put(None)
+
     def close(self) -> None:
         """Let the threads end after the calls they are in; queued calls are cancelled."""
         with self._lock:
             self._closed = True
-            threads = self._threads
         while not self._work.empty():
             item = self._take(0)
             if item is not None:
                 item[0].cancel()
-        for _ in range(threads):
-            self._work.put(None)
+        self.close_after()
 
     def _take(self, timeout: float) -> tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None:
         try:
@@ -79,6 +85,19 @@ class DaemonPool:
             del item  # an idle thread keeps nothing of the last call alive
             with self._lock:
                 self._outstanding -= 1
+
+
+async def in_thread(func: Callable[..., Any], *args: Any) -> Any:
+    """Run a blocking call in a daemon thread of its own.
+
+    The application's default thread pool may be full of the application's own work.
+    """
+    import asyncio
+
+    pool = DaemonPool(1, "wove-call")
+    future = pool.submit(func, *args)
+    pool.close_after()
+    return await asyncio.wrap_future(future)
 
 
 def _call(future: Future[Any], func: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -145,8 +145,8 @@ class CeleryWorker(ManagedProcess):
         self.node = f"wove-{secrets.token_hex(4)}"
         command = [sys.executable, "-m", "celery", "-A", app, "worker", "-P", pool, "-c", str(concurrency)]
         command += ["-n", f"{self.node}@%h", "-l", "INFO", "--without-gossip", "--without-mingle"]
-        for module in include:
-            command += ["-I", module]
+        if include:
+            command += ["-I", ",".join(include)]
         if queue is not None:
             command += ["-Q", queue]
         variables = ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL")

@@ -6,18 +6,21 @@ import asyncio
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wove import frames
 from wove.adapters.registry import adapter_names, check_modules, load_adapter
 from wove.backend import BuiltPayload, build_payload, failure_webhook, resolve_callback_url
-from wove.errors import ConfigurationError, SubmitError
+from wove.errors import ConfigurationError, EncodeError, SubmitError
 from wove.executors.base import EnvironmentExecutor, FrameChannel
+from wove.executors.lane import Lane
 from wove.executors.settings import check_keys
-from wove.security import check_listener, find_secrets
+from wove.security import check_listener, check_plain_http, find_secrets
+from wove.threads import DaemonPool, in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Mapping
 
     from wove.adapters.base import BackendAdapter
     from wove.callback_server.hub import Lease
@@ -71,11 +74,14 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         self._required_modules = required_modules
         self._adapter: BackendAdapter | None = None
         self._lease: Lease | None = None
-        self._lane: _Lane | None = None
+        self._lane: Lane | None = None
         self._channel: FrameChannel | None = None
-        self._waiting: list[tuple[Frame, asyncio.Future[None]]] = []
+        self._encoder: DaemonPool | None = None
+        self._waiting: list[_Waiting] = []
         self._flushing: asyncio.Task[None] | None = None
-        self._submissions: dict[str, Any] = {}
+        #: Runs that were sent and have no outcome yet, with what the adapter knows them by.
+        self._open: dict[str, Any] = {}
+        self._late_cancels: set[asyncio.Task[None]] = set()
 
     async def start(
         self,
@@ -85,22 +91,17 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         run_config: Mapping[str, Any],
     ) -> None:
         """Check the settings, share a callback listener and start the adapter."""
-        adapter_class = self._adapter_class or load_adapter(self.name)
-        modules = self._required_modules
-        check_modules(
-            self.name,
-            adapter_class.required_modules if modules is None else modules,
-            adapter_class.install_hint,
-        )
-        if adapter_class.config_keys is not None:
-            check_keys(environment_name, environment_config, (*SHARED_KEYS, *adapter_class.config_keys))
         self._environment = environment_name
-        self._ring: SecretRing = find_secrets(environment_config.get("security"))
-        self._max_body = _whole(environment_config, "callback_max_body", DEFAULT_MAX_BODY, 1)
         self._channel = FrameChannel()
-        self._lane = _Lane(environment_name)
-        self._lease = await self._listen(environment_config)
-        self._callback_url = resolve_callback_url(environment_config, self._lease.host, self._lease.port)
+        self._encoder = DaemonPool(1, f"wove-encode-{environment_name}")
+        # In a thread: this imports modules, reads files and binds a socket.
+        preparing = asyncio.ensure_future(in_thread(self._prepare, environment_config))
+        try:
+            adapter_class, self._lease = await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            preparing.add_done_callback(_release_unwanted)
+            raise
+        self._lane = Lane(environment_name)
         self._adapter = adapter_class(
             name=environment_name,
             config=environment_config,
@@ -109,7 +110,24 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         )
         await self._lane.call(self._adapter.start, SUBMIT_SECONDS, "start")
 
-    async def _listen(self, config: Mapping[str, Any]) -> Lease:
+    def _prepare(self, config: Mapping[str, Any]) -> tuple[type[BackendAdapter], Lease]:
+        adapter_class = self._adapter_class or load_adapter(self.name)
+        modules = self._required_modules
+        check_modules(
+            self.name,
+            adapter_class.required_modules if modules is None else modules,
+            adapter_class.install_hint,
+        )
+        if adapter_class.config_keys is not None:
+            check_keys(self._environment, config, (*SHARED_KEYS, *adapter_class.config_keys))
+        self._ring: SecretRing = find_secrets(config.get("security"))
+        self._max_body = _whole(config, "callback_max_body", DEFAULT_MAX_BODY, 1)
+        lease = self._listen(config)
+        self._callback_url = resolve_callback_url(config, lease.host, lease.port)
+        self._wants_webhook = adapter_class.takes_failure_webhook
+        return adapter_class, lease
+
+    def _listen(self, config: Mapping[str, Any]) -> Lease:
         from wove.callback_server.hub import acquire
 
         host = config.get("callback_host", "127.0.0.1")
@@ -118,9 +136,10 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         port = _whole(config, "callback_port", 0, 0)
         if port > 65_535:
             raise ConfigurationError(f'executor_config["callback_port"] is from 0 to 65535; got {port}')
-        check_listener(host, self._ring, config)
-        resolve_callback_url(config, host, port)  # an unusable URL is found before anything listens
-        return await asyncio.to_thread(acquire, host, port)
+        # What cannot work is found before anything listens.
+        check_listener(host, self._ring)
+        check_plain_http(resolve_callback_url(config, host, port), config)
+        return acquire(host, port)
 
     async def send(self, frame: Frame) -> None:
         """Submit or cancel a run; see :meth:`EnvironmentExecutor.send`."""
@@ -137,7 +156,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             raise RuntimeError(f"the {self.name} executor is not started")
         frame = await self._channel.get()
         if frame.get("type") in frames.TERMINAL:
-            self._submissions.pop(frame["run_id"], None)
+            self._open.pop(frame["run_id"], None)
         return frame
 
     async def stop(self) -> None:
@@ -156,75 +175,108 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
                 logger.warning("environment %r: closing the adapter failed: %s", adapter.name, exc)
             adapter.release_threads()
         if lane is not None:
-            lane.stop()
+            await lane.stop()
+        if self._encoder is not None:
+            self._encoder.close()
         if lease is not None:
-            await asyncio.to_thread(lease.release)
+            await in_thread(lease.release)
         if self._channel is not None:
             self._channel.close()
-        self._submissions.clear()
+        self._open.clear()
 
     # --- submitting -----------------------------------------------------------
 
     async def _submit(self, frame: Frame) -> None:
         # What is submitted in one turn of the loop, or while a batch is under way, leaves together.
         loop = asyncio.get_running_loop()
-        accepted: asyncio.Future[None] = loop.create_future()
-        self._waiting.append((frame, accepted))
+        waiting = _Waiting(frame, loop.create_future())
+        self._waiting.append(waiting)
+        self._open[frame["run_id"]] = None
         if self._flushing is None or self._flushing.done():
             self._flushing = loop.create_task(self._flush(), name="wove-flush")
-        await accepted
+        await waiting.accepted
 
     async def _flush(self) -> None:
         while self._waiting and self._lane is not None:
-            batch = [item for item in self._waiting[:MAX_BATCH] if not item[1].done()]
-            del self._waiting[:MAX_BATCH]
-            if not batch:
-                continue
-            sending = [frame for frame, _ in batch]
+            batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
             try:
-                results = await self._lane.call(lambda: self._send_batch(sending), SUBMIT_SECONDS, "submit")  # noqa: B023
-            except BaseException as exc:
-                failure = exc if isinstance(exc, Exception) else SubmitError("the environment was stopped")
-                results = [failure] * len(batch)
-                if not isinstance(exc, Exception):
-                    self._settle(batch, results)
-                    raise
+                results = await self._lane.call(partial(self._send_batch, batch), SUBMIT_SECONDS, "submit")
+            except Exception as exc:
+                results = [_copy(exc) for _ in batch]
+            except BaseException:
+                self._settle(batch, [SubmitError("the environment was stopped") for _ in batch])
+                raise
             self._settle(batch, results)
 
-    def _settle(self, batch: list[tuple[Frame, asyncio.Future[None]]], results: list[Any]) -> None:
-        for (frame, accepted), result in zip(batch, results, strict=True):
-            run_id = frame["run_id"]
-            if isinstance(result, BaseException):
-                if self._lease is not None:
-                    self._lease.close_run(run_id)
-                if not accepted.done():
-                    accepted.set_exception(result)
-                continue
-            # Nobody waits for a run that was cancelled meanwhile; its worker will be told.
-            if not accepted.done():
-                self._submissions[run_id] = result
-                accepted.set_result(None)
+    def _settle(self, batch: list[_Waiting], results: list[Any]) -> None:
+        for waiting, result in zip(batch, results, strict=True):
+            run_id = waiting.frame["run_id"]
+            refused = isinstance(result, BaseException)
+            if refused and self._lease is not None:
+                self._lease.close_run(run_id)
+            if waiting.accepted.cancelled():
+                self._settle_cancelled(waiting.frame, result)
+            elif refused:
+                self._open.pop(run_id, None)
+                waiting.accepted.set_exception(result)
+            else:
+                if run_id in self._open:  # its outcome may have been faster
+                    self._open[run_id] = result
+                waiting.accepted.set_result(None)
 
-    async def _send_batch(self, batch: list[Frame]) -> list[Any]:
+    def _settle_cancelled(self, frame: Frame, result: Any) -> None:
+        """Settle a run that was cancelled while it was being submitted."""
+        if isinstance(result, BaseException):
+            self._acknowledge_cancel(frame)
+            return
+        # The cancellation came too early to find the job; now it is there.
+        self._open[frame["run_id"]] = result
+        task = asyncio.get_running_loop().create_task(self._cancel_late(frame), name="wove-cancel-late")
+        self._late_cancels.add(task)
+        task.add_done_callback(self._late_cancels.discard)
+
+    async def _cancel_late(self, frame: Frame) -> None:
+        try:
+            await self._cancel(frame)
+        except Exception:
+            logger.warning("cancelling run %s failed", frame["run_id"], exc_info=True)
+
+    async def _send_batch(self, batch: list[_Waiting]) -> list[Any]:
         """Encode, sign and submit; in the lane's thread, so that the caller's loop is free."""
-        adapter, lease = self._adapter, self._lease
-        if adapter is None or lease is None:
+        adapter, lease, encoder = self._adapter, self._lease, self._encoder
+        if adapter is None or lease is None or encoder is None:
             raise SubmitError("the environment was stopped")
-        results: list[Any] = [None] * len(batch)
+        # In a thread of its own again: a large argument must not hold up a cancellation.
+        results: list[Any] = await asyncio.wrap_future(encoder.submit(self._encode_batch, batch))
         ready: list[tuple[bytes, Frame]] = []
         places: list[int] = []
-        for place, frame in enumerate(batch):
-            try:
-                built = self._build(frame)
-            except Exception as exc:
-                results[place] = exc
+        for place, waiting in enumerate(batch):
+            built = results[place]
+            if isinstance(built, BaseException):
                 continue
-            self._open_run(lease, frame, built)
-            ready.append((built.blob, self._public(frame, built)))
+            if waiting.accepted.cancelled():
+                results[place] = SubmitError("cancelled before it was submitted")
+                continue
+            self._open_run(lease, waiting.frame, built)
+            ready.append((built.blob, self._public(waiting.frame, built)))
             places.append(place)
         if ready:
             for place, result in zip(places, await adapter.submit_many(ready), strict=True):
                 results[place] = result
+        return results
+
+    def _encode_batch(self, batch: list[_Waiting]) -> list[Any]:
+        results: list[Any] = []
+        for waiting in batch:
+            try:
+                if waiting.accepted.cancelled():
+                    raise SubmitError("cancelled before it was submitted")
+                results.append(self._build(waiting.frame))
+            except Exception as exc:
+                results.append(exc)
+            except BaseException as exc:
+                # An argument whose pickling exits: an error of its own run only.
+                results.append(EncodeError(f"encoding the arguments raised {type(exc).__name__}: {exc}"))
         return results
 
     def _build(self, frame: Frame) -> BuiltPayload:
@@ -253,6 +305,8 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         )
 
     def _public(self, frame: Frame, built: BuiltPayload) -> Frame:
+        if not self._wants_webhook:
+            return frame
         webhook = failure_webhook(
             frame["run_id"],
             built.nonce,
@@ -271,14 +325,44 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             return
         # First the worker: over its open beat it hears of it at once.
         lease.cancel_run(run_id)
-        submission = self._submissions.pop(run_id, None)
+        submission = self._open.pop(run_id, None)
         never_starts = await lane.call(
             lambda: adapter.cancel(run_id, submission, frame), CONTROL_SECONDS, "cancel"
         )
-        if never_starts and self._channel is not None:
+        if never_starts:
             lease.close_run(run_id)
+            self._acknowledge_cancel(frame)
+
+    def _acknowledge_cancel(self, frame: Frame) -> None:
+        self._open.pop(frame["run_id"], None)
+        if self._channel is not None:
             attempt = (frame.get("delivery") or {}).get("attempt", 1)
-            self._channel.put([frames.event(frames.TASK_CANCELLED, run_id, frame["task_id"], attempt, 2**31)])
+            event = frames.event(frames.TASK_CANCELLED, frame["run_id"], frame["task_id"], attempt, 2**31)
+            self._channel.put([event])
+
+
+class _Waiting(NamedTuple):
+    """A run on its way to the adapter, and what its sender waits for."""
+
+    frame: Frame
+    accepted: asyncio.Future[None]
+
+
+def _release_unwanted(preparing: asyncio.Future[tuple[Any, Lease]]) -> None:
+    # The start was cancelled while the listener came up.
+    if not preparing.cancelled() and preparing.exception() is None:
+        _, lease = preparing.result()
+        threading.Thread(target=lease.release, name="wove-release", daemon=True).start()
+
+
+def _copy(exc: Exception) -> Exception:
+    """Return an exception for one of several runs: each gets its own notes and traceback."""
+    if isinstance(exc, SubmitError):
+        copy = SubmitError(str(exc), maybe_accepted=exc.maybe_accepted)
+    else:
+        copy = SubmitError(f"submitting failed: {type(exc).__name__}: {exc}")
+    copy.__cause__ = exc.__cause__ if isinstance(exc, SubmitError) else exc
+    return copy
 
 
 async def _drain(lease: Lease) -> None:
@@ -294,61 +378,6 @@ async def _drain(lease: Lease) -> None:
         if waited > (DRAIN_SECONDS if any(run.started for run in cancelled) else DRAIN_SECONDS / 10):
             return
         await asyncio.sleep(0.01)
-
-
-class _Lane:
-    """The thread and the loop in which an adapter's methods run.
-
-    Whatever an adapter does there, the caller's loop stays free and the caller's deadline holds.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name=f"wove-lane-{name}", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_forever()
-        finally:
-            _cancel_all(self._loop)
-            self._loop.close()
-
-    async def call(self, method: Callable[[], Awaitable[Any]], seconds: float, what: str) -> Any:
-        """Await ``method()`` in the lane.
-
-        Raises:
-            SubmitError: it took longer than ``seconds``.
-            Exception: what it raised.
-        """
-
-        async def body() -> Any:
-            return await method()
-
-        future = asyncio.run_coroutine_threadsafe(body(), self._loop)
-        try:
-            async with asyncio.timeout(seconds) as limit:
-                return await asyncio.wrap_future(future)
-        except TimeoutError:
-            if not limit.expired():
-                raise  # the adapter's own
-            raise SubmitError(
-                f"the adapter's {what}() took longer than {seconds:g} s", maybe_accepted=what == "submit"
-            ) from None
-
-    def stop(self) -> None:
-        """End the loop; a call that hangs keeps its daemon thread, and nothing else."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(0.5)
-
-
-def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        loop.run_until_complete(asyncio.wait(tasks, timeout=0.5))
 
 
 def _whole(config: Mapping[str, Any], key: str, default: int, least: int) -> int:

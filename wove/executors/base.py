@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,10 @@ class FrameChannel:
         Returns:
             False when the receiving side is gone.
         """
-        self._frames.extend(frames)
+        now = time.monotonic()
+        for frame in frames:
+            frame.setdefault("received_at", now)
+            self._frames.append(frame)
         with self._lock:
             if self._closed:
                 return False

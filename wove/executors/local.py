@@ -107,7 +107,12 @@ class _LocalRun:
 
     def begin(self, pool: DaemonPool) -> None:
         if self._is_async:
-            self._start_task(self._call())
+            try:
+                awaitable = self._call()
+            except Exception as exc:  # arguments that do not fit
+                self._fail(exc)
+            else:
+                self._start_task(awaitable)
         else:
             scope = contextvars.copy_context()
             self._future = pool.submit(scope.run, self._run_sync)
@@ -155,6 +160,8 @@ class _LocalRun:
                 self._fail(exc)
         except Exception as exc:
             self._fail(exc)
+        except SystemExit as exc:
+            self._fail(exc)  # reported; raised here it would end the application's loop
         except BaseException as exc:
             self._fail(exc)
             raise

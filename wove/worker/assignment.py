@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import time
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.errors import PayloadRejectedError, ProtocolError
 from wove.security import fetch_tag, find_secrets, open_payload, run_key
 from wove.wire import decode_callable, decode_value, unpack_message
-from wove.worker.connection import request, split_url
+from wove.worker.connection import Reply, request, split_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 #: The version of the payload format that this worker reads.
 VERSION = 1
 
+#: Seconds between attempts to fetch a large message.
+_FETCH_PAUSES = (0.1, 0.5, 1.0, 3.0)
+
 _rings: dict[tuple[object, ...], SecretRing] = {}
+
+
+class NotWanted(Exception):
+    """The callback server knows of the run no more: it was cancelled, or has ended."""
 
 
 class Assignment:
@@ -36,18 +44,15 @@ class Assignment:
         raw = _raw(payload)
         self.environment, secret, message = open_payload(_ring(), raw)
         envelope, self._attachments = unpack_message(message)
-        if envelope.get("v") != VERSION:
-            raise PayloadRejectedError(
-                f"the payload is of version {envelope.get('v')!r} and this worker reads version {VERSION}: "
-                "install the same release of Wove on the submitter and its workers"
-            )
+        # Only what is needed to report; whatever else is wrong with it is reported by `load`.
         try:
             self.run_id: str = _checked(envelope["run_id"], str)
             self.task_id: str = _checked(envelope["task_id"], str)
             self.attempt: int = _checked(envelope["attempt"], int)
             self.callback: str = _checked(envelope["callback"], str)
             self.sent_at: float = _checked(envelope["sent_at"], float)
-            self.heartbeat: float | None = envelope.get("heartbeat")
+            self.heartbeat = _seconds(envelope.get("heartbeat"))
+            self.timeout = _seconds(envelope.get("timeout"))
             nonce = _checked(envelope["nonce"], bytes)
             self.origin, self.path = split_url(self.callback)
         except (KeyError, ValueError) as exc:
@@ -68,6 +73,11 @@ class Assignment:
         """
         envelope: Mapping[str, Any] = self._envelope
         attachments = self._attachments
+        if envelope.get("v") != VERSION:
+            raise PayloadRejectedError(
+                f"the payload is of version {envelope.get('v')!r} and this worker reads version {VERSION}: "
+                "install the same release of Wove on the submitter and its workers"
+            )
         if "fetch" in envelope:
             envelope, attachments = unpack_message(self._fetch(envelope["fetch"]))
         func = decode_callable(envelope.get("callable"), attachments)
@@ -90,7 +100,9 @@ class Assignment:
         size, digest = claim
         headers = {"Wove-Key": self.kid, "Wove-Signature": fetch_tag(self.key, self.run_id).hex()}
         path = f"{self.path}/wove/v1/payloads/{self.run_id}"
-        reply = request(self.origin, "GET", path, headers, timeout=30.0, max_reply=size)
+        reply = self._get(path, headers, size)
+        if reply.status == 410:
+            raise NotWanted
         if reply.status != 200:
             raise ConnectionError(f"the callback server answered {reply.status} for the run's arguments")
         if hashlib.sha256(reply.body).digest() != digest:
@@ -98,6 +110,30 @@ class Assignment:
                 "the run's arguments changed while they were sent: do not modify them meanwhile"
             )
         return reply.body
+
+    def _get(self, path: str, headers: Mapping[str, str], size: int) -> Reply:
+        for pause in _FETCH_PAUSES:
+            try:
+                return request(self.origin, "GET", path, headers, timeout=30.0, max_reply=size)
+            except OSError:
+                time.sleep(pause)
+        return request(self.origin, "GET", path, headers, timeout=30.0, max_reply=size)
+
+    def overdue(self, clock_offset: float | None) -> bool:
+        """Tell whether nobody can be waiting for the run any more.
+
+        Args:
+            clock_offset: the submitter's wall clock minus ours, in seconds; None when not
+                known, which allows for clocks that differ by an hour.
+        """
+        if self.timeout is None:
+            return False
+        tolerance = 2.0 if clock_offset is not None else 3600.0
+        return time.time() + (clock_offset or 0.0) - self.sent_at > self.timeout + tolerance
+
+
+def _seconds(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) and value > 0 else None
 
 
 def _raw(payload: bytes | str) -> bytes:

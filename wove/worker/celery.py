@@ -6,8 +6,6 @@ Start the workers you have with ``celery -A proj worker -I wove.worker.celery``,
 
 from __future__ import annotations
 
-import logging
-import threading
 from typing import Any
 
 from billiard import current_process
@@ -17,11 +15,8 @@ from celery.exceptions import Ignore, TimeLimitExceeded, WorkerLostError
 import wove
 from wove.errors import WoveError
 from wove.security import find_secrets
-from wove.worker.assignment import Assignment
 from wove.worker.execution import run
-from wove.worker.session import Session
-
-logger = logging.getLogger("wove.worker")
+from wove.worker.parent import report_cancel, report_loss
 
 #: The name that submitters send to, unless ``executor_config["task_name"]`` says otherwise.
 TASK_NAME = "wove.run"
@@ -56,16 +51,20 @@ def _on_failure(sender: Any = None, exception: Any = None, args: Any = None, **_
     if getattr(sender, "name", None) != TASK_NAME or not args:
         return
     if isinstance(exception, (WorkerLostError, TimeLimitExceeded)):
-        _report_loss(args[0], f"{type(exception).__name__}: {exception}")
+        report_loss(
+            args[0], "celery", f"the worker process was lost: {type(exception).__name__}: {exception}"
+        )
 
 
 @signals.task_revoked.connect(weak=False)
-def _on_revoked(sender: Any = None, request: Any = None, terminated: Any = None, **_: Any) -> None:
-    if getattr(sender, "name", None) != TASK_NAME or request is None:
-        return
+def _on_revoked(sender: Any = None, request: Any = None, expired: Any = None, **_: Any) -> None:
     args = getattr(request, "args", None)
-    if args:
-        _report_cancel(args[0])
+    if getattr(sender, "name", None) != TASK_NAME or not args:
+        return
+    if expired:
+        report_loss(args[0], "celery", "the task expired in the queue before a worker took it")
+    else:
+        report_cancel(args[0], "celery")
 
 
 @signals.worker_ready.connect(weak=False)
@@ -83,28 +82,3 @@ def _status(state: Any) -> dict[str, Any]:
     except WoveError as exc:
         return {"version": wove.__version__, "kids": [], "source": str(exc)}
     return {"version": wove.__version__, "kids": ring.kids, "source": ring.source}
-
-
-def _report_loss(payload: bytes | str, reason: str) -> None:
-    _in_background(payload, lambda session: session.lost(f"the worker process was lost: {reason}"))
-
-
-def _report_cancel(payload: bytes | str) -> None:
-    def acknowledge(session: Session) -> None:
-        session.cancel()
-        session.acknowledge_cancel()
-
-    _in_background(payload, acknowledge)
-
-
-def _in_background(payload: bytes | str, tell: Any) -> None:
-    # The signal runs inside the consumer's loop, which must not wait for HTTP.
-    def report() -> None:
-        try:
-            tell(Session(Assignment(payload), {"backend": "celery"}))
-        except WoveError as exc:
-            logger.warning("a lost task could not be reported: %s", exc)
-        except Exception:
-            logger.exception("a lost task could not be reported")
-
-    threading.Thread(target=report, name="wove-report", daemon=True).start()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 TIMEOUT = 10.0
 #: Bytes a second that a large body is granted on top.
 SLOWEST = 256 * 1024
+#: Origins that a thread keeps a connection to: submitters come and go, workers stay.
+MAX_ORIGINS = 8
 #: Largest reply body that is read, in bytes; fetched payloads say their size beforehand.
 MAX_REPLY = 64 * 1024
 
@@ -121,10 +123,12 @@ def _connection(origin: str, *, fresh: bool) -> tuple[HTTPConnection, bool]:
         _local.pid = os.getpid()
         _local.connections = _Connections()
     connections: _Connections = _local.connections
-    if fresh or origin not in connections:
-        connections[origin] = connect(origin)
-        return connections[origin], False
-    connection = connections[origin]
+    connection = connections.pop(origin, None)
+    if connection is None or fresh:
+        connection = connect(origin)
+    connections[origin] = connection  # the most recently used one stands last
+    if len(connections) > MAX_ORIGINS:
+        connections.pop(next(iter(connections))).close()
     return connection, connection.sock is not None
 
 
@@ -161,6 +165,8 @@ def read_reply(origin: str, response: HTTPResponse, max_reply: int = MAX_REPLY) 
     sent_at = headers.get("wove-time")
     if sent_at is not None:
         try:
+            if len(clock_offsets) > 1_000:
+                clock_offsets.clear()
             clock_offsets[origin] = float(sent_at) - time.time()
         except ValueError:
             pass

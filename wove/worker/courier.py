@@ -3,7 +3,7 @@
 A task may hold its own thread for minutes. Meanwhile the courier reports that it has
 started, sends its progress, and holds the *open beat*: one request to the callback server
 that stays unanswered until the next beat is due or one of the worker's runs is cancelled.
-A process that dies closes it. Tasks that end within a moment cost no request here, and
+Tasks that end within a moment cost no request here, and
 the thread sleeps while no task runs.
 """
 
@@ -15,12 +15,14 @@ import selectors
 import socket
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from wove.security import beat_tag, cancel_tag, same
 from wove.worker.connection import connect, read_reply, send
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from http.client import HTTPConnection
 
     from wove.worker.session import Session
@@ -67,8 +69,17 @@ class Courier:
             elif session.begun + REPORT_AFTER < self._wake_at:
                 self._wake()
 
+    @contextmanager
+    def caring_for(self, session: Session) -> Iterator[None]:
+        """Take care of a session within the block."""
+        self.add(session)
+        try:
+            yield
+        finally:
+            self.remove(session)
+
     def remove(self, session: Session) -> None:
-        """The session's task has ended."""
+        """Take care of a session no longer."""
         with self._lock:
             self._sessions.pop(session.execution, None)
 
@@ -117,13 +128,13 @@ class Courier:
         due = now + IDLE_SECONDS
         for session in sessions:
             due = min(due, self._attend(session, now, news))
-        due = min(due, beats.open([s for s in sessions if s.begun + BEAT_AFTER <= now]))
+        due = min(due, beats.open([s for s in sessions if _beat_at(s) <= now and not s.unwanted]))
         with self._lock:
             self._wake_at = due if self._news_at is None else min(due, self._news_at)
             return self._wake_at
 
     def _attend(self, session: Session, now: float, news: bool) -> float:
-        report_at, beat_at = session.begun + REPORT_AFTER, session.begun + BEAT_AFTER
+        report_at, beat_at = session.begun + REPORT_AFTER, _beat_at(session)
         if now < report_at:
             return report_at
         if session.has_news and (news or not session.started):
@@ -146,7 +157,16 @@ class Courier:
             self._thread = None
             self._wake_reader.close()
             self._wake_writer.close()
-            return True
+        with _couriers_lock:
+            # Who asks meanwhile keeps this one, and starts it anew.
+            if _couriers.get(self._origin) is self and not self._sessions and self._thread is None:
+                del _couriers[self._origin]
+        return True
+
+
+def _beat_at(session: Session) -> float:
+    heartbeat = session.assignment.heartbeat
+    return session.begun + (min(BEAT_AFTER, heartbeat / 3) if heartbeat else BEAT_AFTER)
 
 
 class _Beats:
@@ -210,7 +230,9 @@ class _Beats:
         self._selector.unregister(held.connection.sock)
         try:
             reply = read_reply(self._origin, held.connection.getresponse())
-            if reply.status != 200:
+            if reply.status == 410:
+                held.gone()
+            elif reply.status != 200:
                 raise ConnectionError(f"the callback server answered {reply.status} to a beat")
             held.take(reply.body)
         except Exception as exc:
@@ -242,6 +264,11 @@ class _Held:
         self.give_up = give_up
         # By execution: two executions of one run may live here after a redelivery.
         self._counts = {session.execution: (session, session.beats) for session in sessions}
+
+    def gone(self) -> None:
+        """Beat no more for runs that the callback server does not know."""
+        for session in self.sessions:
+            session.unwanted = True
 
     def take(self, body: bytes | bytearray) -> None:
         for line in body.decode("ascii", "replace").splitlines():

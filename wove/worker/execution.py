@@ -6,13 +6,13 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from wove.errors import PayloadRejectedError
-from wove.worker.assignment import Assignment
+from wove.worker.assignment import Assignment, NotWanted
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
 from wove.worker.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 logger = logging.getLogger("wove.worker")
 
@@ -45,22 +45,21 @@ def run(payload: bytes | str, *, backend: Mapping[str, str] | None = None, redel
     if not session.may_start(redelivered=redelivered):
         logger.info("run %s is not wanted any more: skipped", session.assignment.run_id)
         return False
-    call = _load(session)
-    courier = courier_for(session.assignment.origin)
-    courier.add(session)
-    try:
+    # Until the outcome is delivered: loading and encoding may take long as well.
+    with courier_for(session.assignment.origin).caring_for(session):
+        call = _load(session)
+        if call is None:
+            return False
         try:
             with bind(session.context):
                 result = call()
                 if hasattr(result, "__await__"):
                     result = _drive(result, session)
-        finally:
-            courier.remove(session)
-    except BaseException as exc:
-        _report_failure(session, exc)
-        return False
-    session.succeed(result)
-    return True
+        except BaseException as exc:
+            _report_failure(session, exc)
+            return False
+        session.succeed(result)
+        return True
 
 
 async def arun(
@@ -73,33 +72,51 @@ async def arun(
     import asyncio
     import contextvars
 
-    session = await asyncio.to_thread(_open, payload, backend)
-    if not await asyncio.to_thread(session.may_start, redelivered=redelivered):
+    session = await _in_thread(_open, payload, backend)
+    if not await _in_thread(lambda: session.may_start(redelivered=redelivered)):
         logger.info("run %s is not wanted any more: skipped", session.assignment.run_id)
         return False
-    call = await asyncio.to_thread(_load, session)
-    courier = courier_for(session.assignment.origin)
-    courier.add(session)
-    try:
+    with courier_for(session.assignment.origin).caring_for(session):
+        call = await _in_thread(_load, session)
+        if call is None:
+            return False
         try:
             with bind(session.context):
                 if asyncio.iscoroutinefunction(call.func):
                     result = await _supervise(call(), session)
                 else:
                     scope = contextvars.copy_context()
-                    result = await asyncio.to_thread(scope.run, call)
+                    result = await _in_thread(scope.run, call)
                     if hasattr(result, "__await__"):
                         result = await _supervise(result, session)
-        finally:
-            courier.remove(session)
-    except BaseException as exc:
-        if isinstance(exc, (KeyboardInterrupt, SystemExit)):
-            _report_failure(session, exc)
-        else:
-            await asyncio.to_thread(_report_failure, session, exc)
-        return False
-    await asyncio.to_thread(session.succeed, result)
-    return True
+        except BaseException as exc:
+            host = asyncio.current_task()
+            if host is not None and host.cancelling() and not session.context.cancelled:
+                # Not the task but the worker's own coroutine was cancelled: it shuts down.
+                await asyncio.shield(_in_thread(session.lost, "the worker was shut down"))
+                raise
+            await _in_thread(_report_failure, session, exc)
+            return False
+        await _in_thread(session.succeed, result)
+        return True
+
+
+async def _in_thread(func: Callable[..., Any], *args: Any) -> Any:
+    """Run ``func`` in a thread; whatever it raises comes back, StopIteration included."""
+    import asyncio
+
+    def capture() -> tuple[Any, BaseException | None]:
+        try:
+            return func(*args), None
+        except BaseException as exc:
+            return None, exc
+
+    result, exc = await asyncio.to_thread(capture)
+    if isinstance(exc, StopIteration):
+        raise RuntimeError("the task raised StopIteration") from exc
+    if exc is not None:
+        raise exc
+    return result
 
 
 def _open(payload: bytes | str, backend: Mapping[str, str] | None) -> Session:
@@ -125,10 +142,14 @@ class _Call:
         return self.func(*self._args, **self._kwargs)
 
 
-def _load(session: Session) -> _Call:
+def _load(session: Session) -> _Call | None:
+    """Return the call, or None for a run that is not wanted any more."""
     try:
         return _Call(*session.assignment.load())
-    except Exception as exc:
+    except NotWanted:
+        session.acknowledge_cancel()
+        return None
+    except BaseException as exc:
         worker = session.worker
         exc.add_note(
             f"the worker on {worker['host']} (pid {worker['pid']}) could not load {session.assignment.task_id} "

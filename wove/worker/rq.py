@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from wove.worker.execution import run as _run
 
 
@@ -17,3 +19,11 @@ def run(payload: bytes | str) -> None:
     retried = job is not None and bool(getattr(job, "number_of_retries", 0))
     backend = {"backend": "rq", "job": job.id if job is not None else ""}
     _run(payload, backend=backend, redelivered=retried)
+
+
+def on_stopped(job: Any, connection: Any) -> None:
+    """Report a job that was stopped on request; RQ calls this in the worker's parent process."""
+    from wove.worker.parent import report_cancel
+
+    if job.args:
+        report_cancel(job.args[0], "rq")

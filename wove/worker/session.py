@@ -31,8 +31,8 @@ logger = logging.getLogger("wove.worker")
 FRESH = 0.01
 #: Seconds that asking for leave to start may take; without an answer the task is run.
 ASK_TIMEOUT = 5.0
-#: Seconds that the outcome of a cancelled run is offered to a callback server that does not answer.
-CANCELLED_RETRY = 2.0
+#: Seconds that any outcome is offered, also one that hardly anybody waits for.
+LEAST_RETRY = 2.0
 #: Seconds that a progress report may take.
 REPORT_TIMEOUT = 5.0
 #: Frames and characters that one report holds at most.
@@ -43,6 +43,10 @@ MAX_PENDING = 1_000
 
 _CONTENT_TYPE = "application/msgpack"
 _RETRY_DELAYS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+#: Since when, on the monotonic clock, a callback origin has not answered.
+down_since: dict[str, float] = {}
 
 
 def retry_seconds() -> float:
@@ -69,6 +73,8 @@ class Session:
         self.begun = time.monotonic()
         self.beats = 0
         self.context = RunContext(assignment.run_id, assignment.task_id, assignment.attempt, self.emit)
+        #: The callback server does not know the run (any more): no beats for it.
+        self.unwanted = False
         self.on_cancel: Callable[[], None] | None = None
         #: Called when a frame waits to be sent; set by the courier.
         self.notify: Callable[[], None] | None = None
@@ -90,13 +96,15 @@ class Session:
         A run that waited long enough to be cancelled, or that the broker delivers again,
         is asked for; one that was submitted this moment is not, to save the round trip.
         Without an answer the task is run: a callback server that is out for a moment
-        must not lose work.
+        must not lose work. One whose ``delivery_timeout`` is long over is not.
         """
         offset = clock_offsets.get(self.assignment.origin)
         if not redelivered and offset is not None:
             age = time.time() + offset - self.assignment.sent_at
             if abs(age) < FRESH:
                 return True
+        if self.assignment.overdue(offset):
+            return False
         frame = self._frame(frames.TASK_STARTED, fence=True)
         try:
             reply = self._post([frame], [], final=False, timeout=ASK_TIMEOUT)
@@ -169,9 +177,12 @@ class Session:
         attachments: list[Buffer] = []
         try:
             described = encode_value(result, attachments)
-        except EncodeError as exc:
+        except Exception as exc:
             self.fail(exc, source="worker")
             return
+        except BaseException as exc:
+            self.fail(exc, source="worker")
+            raise
         if self._finish(frames.TASK_RESULT, attachments, result=described) == 413:
             size = sum(memoryview(part).nbytes for part in attachments)
             self.fail(
@@ -227,9 +238,7 @@ class Session:
         return self._deliver(last, attachments)
 
     def _deliver(self, batch: list[frames.Frame], attachments: list[Buffer]) -> int:
-        # A caller that has cancelled does not wait: no slot of the fleet is held for it.
-        patience = min(CANCELLED_RETRY, retry_seconds()) if self.context.cancelled else retry_seconds()
-        give_up = time.monotonic() + patience
+        give_up = time.monotonic() + self._patience()
         refusals = 0
         for attempt in range(1_000_000):
             wait_for: float | None = None
@@ -238,12 +247,14 @@ class Session:
             except Exception as exc:
                 # Without a connection, or with a reply that is none of a callback server's.
                 problem = f"{type(exc).__name__}: {exc}"
+                down_since.setdefault(self.assignment.origin, time.monotonic())
             else:
-                if reply.status < 300 or reply.status in (400, 404, 410, 413):
-                    self._log_refusal(reply.status)
+                down_since.pop(self.assignment.origin, None)
+                if reply.status < 300 or reply.status in (410, 413):
                     return reply.status
                 problem = f"the callback server answered {reply.status}"
-                refusals += reply.status == 401
+                # A body that was cut on its way is 400 too, so these are tried again as well.
+                refusals += reply.status in (400, 401, 404)
                 wait_for = _retry_after(reply)
             delay = wait_for or random.uniform(0, _RETRY_DELAYS[min(attempt, len(_RETRY_DELAYS) - 1)])  # noqa: S311
             if refusals >= 3 or time.monotonic() + delay > give_up:
@@ -259,12 +270,19 @@ class Session:
             time.sleep(delay)
         return 0
 
-    def _log_refusal(self, status: int) -> None:
-        if status in (400, 404):
-            logger.error(
-                "the callback server at %s answered %s to the outcome of run %s",
-                self.assignment.origin, status, self.assignment.run_id,
-            )  # fmt: skip
+    def _patience(self) -> float:
+        """Return how many seconds the outcome is worth offering to a server that does not answer."""
+        now = time.monotonic()
+        patience = retry_seconds()
+        # One outage is waited for once: later runs of a submitter that is gone do not each
+        # hold a slot of the fleet for minutes.
+        patience -= now - down_since.get(self.assignment.origin, now)
+        if self.assignment.timeout is not None:
+            # Nobody waits beyond the run's own deadline.
+            patience = min(patience, self.assignment.timeout - (now - self.begun))
+        if self.context.cancelled:
+            patience = 0.0
+        return max(patience, min(LEAST_RETRY, retry_seconds()))
 
     # --- on the wire ----------------------------------------------------------
 
