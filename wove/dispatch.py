@@ -129,11 +129,14 @@ class Dispatcher:
 
     async def stop(self) -> None:
         """End every open run by its orphan policy, then stop the executor. Idempotent."""
+        await asyncio.shield(self.begin_stop())
+
+    def begin_stop(self) -> asyncio.Task[None]:
+        """Begin to stop and return the task that does; whoever waits for it may be cancelled."""
         if self._stop_task is None:
             self._stopping = True
             self._stop_task = asyncio.create_task(self._stop(), name=f"wove-stop-{self.name}")
-        # Whoever waits may be cancelled; the environment is stopped all the same.
-        await asyncio.shield(self._stop_task)
+        return self._stop_task
 
     async def _stop(self) -> None:
         orphans = [(run, self._orphan(run)) for run in self.table.open_runs()]

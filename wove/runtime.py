@@ -54,6 +54,7 @@ class ExecutorRuntime:
         self._starting: dict[str, asyncio.Lock] = {}
         # Counts calls of stop(): an environment that was starting meanwhile is stopped, too.
         self._stops = 0
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> ExecutorRuntime:
         await self.start()
@@ -102,7 +103,13 @@ class ExecutorRuntime:
         self._stops += 1
         dispatchers = list(self._dispatchers.values())
         self._dispatchers.clear()
-        await asyncio.gather(*(dispatcher.stop() for dispatcher in dispatchers))
+        for dispatcher in dispatchers:
+            task = dispatcher.begin_stop()
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+        if self._ending:
+            # Also what a stop() that was cancelled has begun.
+            await asyncio.wait(self._ending)
 
     async def ensure_environment(self, environment_name: str, definition: Mapping[str, Any]) -> None:
         """Start an environment unless one of that name runs already.
