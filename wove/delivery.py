@@ -168,7 +168,7 @@ class RunTable:
         self._open: dict[str, Run] = {}
         self._closed: OrderedDict[str, None] = OrderedDict()
         self._deadlines: list[tuple[float, str]] = []
-        #: What was counted and dropped: ``late``, ``unknown_run``, ``unknown_type``, ``malformed``.
+        #: What was counted and dropped: ``late``, ``stale``, ``unknown_run``, ``unknown_type``, ``malformed``.
         self.dropped: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -243,9 +243,8 @@ class RunTable:
         return Applied(taken=True, outcome=outcome)
 
     def _sign_of_life(self, run: Run, frame: Mapping[str, Any]) -> None:
-        # When it arrived, which may be a while ago: the loop may have been busy since.
-        arrived = frame.get("received_at")
-        run.last_seen = max(run.last_seen or 0.0, arrived if arrived is not None else self._clock())
+        run.last_seen = max(run.last_seen or run.opened_at, self._arrival(frame))
+        run.attempt = max(run.attempt, frame["attempt"])
         if isinstance(frame.get("worker"), Mapping):
             run.worker = frame["worker"]
         if run.started_at is None:
@@ -255,10 +254,20 @@ class RunTable:
                 run.state = RunState.STARTED
             self._watch(run)
 
+    def _arrival(self, frame: Mapping[str, Any]) -> float:
+        """Return when the event arrived, which may be a while ago: the loop may have been busy since."""
+        now = self._clock()
+        arrived = frame.get("received_at")
+        return arrived if type(arrived) is float and arrived < now else now
+
     def _terminal(self, run: Run, frame: Mapping[str, Any]) -> Outcome | None:
         kind = frame["type"]
         if kind == frames.TASK_RESULT:
             return self._close(run.run_id, "result", value=frame["result"])
+        if frame["attempt"] < run.attempt:
+            # A newer attempt is at work; its outcome counts.
+            self.dropped["stale"] += 1
+            return None
         if kind == frames.TASK_ERROR:
             exception = error_from_frame(frame, where=self._where(run, frame))
             return self._close(run.run_id, "error", exception=exception)

@@ -7,7 +7,7 @@ import logging
 import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from wove import frames
 from wove.delivery import DeliveryPolicy, Outcome, RunTable
@@ -16,6 +16,7 @@ from wove.errors import (
     DeliveryOrphanedError,
     DeliveryTimeoutError,
     EnvironmentExecutionError,
+    SubmitError,
     WoveError,
     safe_text,
 )
@@ -42,8 +43,8 @@ EVENTS_PER_TURN = 200
 #: Turns that a deadline waits at most for events that have arrived and were not read yet.
 MAX_CATCH_UP = 100
 
-#: Which environment an executor serves: one executor cannot serve two.
-_serving: WeakKeyDictionary[EnvironmentExecutor, str] = WeakKeyDictionary()
+#: Which dispatcher an executor serves, by its id: one executor cannot serve two.
+_serving: WeakValueDictionary[int, Dispatcher] = WeakValueDictionary()
 
 
 class Dispatcher:
@@ -77,7 +78,6 @@ class Dispatcher:
         self._broken: BaseException | None = None
         self._stopping = False
         self._stop_task: asyncio.Task[None] | None = None
-        self._started = False
         self._taken = 0
 
     @property
@@ -102,13 +102,12 @@ class Dispatcher:
         Raises:
             Exception: whatever the executor's ``start`` raises, after it was stopped again.
         """
-        other = _serving.setdefault(self.executor, self.name)
-        if other != self.name or self._started:
+        other = _serving.setdefault(id(self.executor), self)
+        if other is not self:
             raise ConfigurationError(
-                f"environment {self.name!r}: its executor instance serves environment {other!r} already; "
+                f"environment {self.name!r}: its executor instance serves environment {other.name!r} already; "
                 "each environment needs an executor of its own"
             )
-        self._started = True
         self._loop = asyncio.get_running_loop()
         self.table = RunTable(self.name, self._loop.time)
         if self._policy.max_in_flight is not None:
@@ -176,7 +175,7 @@ class Dispatcher:
 
     async def _stop_executor(self) -> None:
         await self._within(STOP_SECONDS, self.executor.stop(), "stopping the executor")
-        _serving.pop(self.executor, None)
+        _serving.pop(id(self.executor), None)
 
     async def _within(self, seconds: float, work: Coroutine[Any, Any, None], what: str) -> None:
         try:
@@ -285,6 +284,12 @@ class Dispatcher:
             waiter.handed_over = True
         try:
             await self.executor.send(frame)
+        except asyncio.CancelledError as exc:
+            if _asked_to_stop():
+                raise
+            error = SubmitError(f"the executor of environment {self.name!r} cancelled its own send()")
+            error.__cause__ = exc
+            self._settle(self.table.fail(run.run_id, error))
         except Exception as exc:
             self._settle(self.table.fail(run.run_id, exc))
         else:
@@ -339,14 +344,22 @@ class Dispatcher:
                 count += 1
                 if count % EVENTS_PER_TURN == 0:
                     await asyncio.sleep(0)
+        except asyncio.CancelledError as exc:
+            if _asked_to_stop():
+                raise
+            self._break(exc)
         except Exception as exc:
-            logger.exception("environment %r: its executor stopped receiving", self.name)
-            self._broken = exc
-            for run in self.table.open_runs():
-                try:
-                    self._check_usable()
-                except WoveError as error:
-                    self._settle(self.table.fail(run.run_id, error))
+            self._break(exc)
+
+    def _break(self, exc: BaseException) -> None:
+        """Nothing comes back any more: end every run, and refuse new ones."""
+        logger.error("environment %r: its executor stopped receiving", self.name, exc_info=exc)
+        self._broken = exc
+        for run in self.table.open_runs():
+            try:
+                self._check_usable()
+            except WoveError as error:
+                self._settle(self.table.fail(run.run_id, error))
 
     def _take(self, frame: Frame) -> None:
         self._taken += 1
@@ -403,6 +416,12 @@ class Dispatcher:
         for outcome in self.table.expire():
             self._settle(outcome)
         self._set_timer()
+
+
+def _asked_to_stop() -> bool:
+    """Tell whether the current task was cancelled, and not just met a CancelledError."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _cancel_frame(run: Run) -> Frame:

@@ -113,6 +113,8 @@ def cut(text: str, limit: int = MAX_TEXT) -> str:
     if len(text) <= limit:
         return text
     half = limit // 2 - 20
+    if half < 1:
+        return text[: max(0, limit)]
     return f"{text[:half]}\n[... {len(text) - 2 * half} characters cut ...]\n{text[-half:]}"
 
 

@@ -198,7 +198,9 @@ class _Window:
                     await self._room.wait()
 
     def _finished(self, task: asyncio.Future[Any]) -> None:
-        if self._raise_errors and self._failed is None and (task.cancelled() or task.exception()):
+        # Fetching the exception also keeps asyncio from reporting it as forgotten.
+        failed = task.cancelled() or task.exception() is not None
+        if failed and self._raise_errors and self._failed is None:
             self._failed = task
         if not self._ordered:
             self._done.append(task)

@@ -58,7 +58,7 @@ def _shape(value: Any, depth: int, seen: set[int]) -> int:
     if cls in (list, dict, tuple, set, frozenset):
         if depth > MAX_DEPTH or len(value) > (MAX_MAPPING if cls is dict else MAX_SEQUENCE):
             return OTHER
-        if value:
+        if value or cls not in (tuple, frozenset):  # the empty ones of these are singletons
             if id(value) in seen:
                 return OTHER
             seen.add(id(value))
@@ -175,24 +175,49 @@ def untag(mapping: dict[Any, Any]) -> Any:
         raise ProtocolError(f"malformed {mapping[TAG]}: {type(exc).__name__}") from exc
 
 
-def _from_module(module: str, name: str) -> Callable[[Any], Any]:
-    return lambda value: getattr(importlib.import_module(module), name)(value)
+def _sequence(kind: Callable[[list[Any]], Any]) -> Callable[[Any], Any]:
+    def rebuild(value: Any) -> Any:
+        if type(value) is not list:
+            raise TypeError("not a list")
+        return kind(value)
+
+    return rebuild
+
+
+def _pairs(value: list[Any]) -> dict[Any, Any]:
+    if not all(type(pair) is list and len(pair) == 2 for pair in value):
+        raise TypeError("not a list of pairs")
+    return {key: item for key, item in value}  # noqa: C416 - a pair is a list here
+
+
+def _timedelta(value: list[Any]) -> timedelta:
+    days, seconds, microseconds = value
+    return timedelta(days, seconds, microseconds)
+
+
+def _text(module: str, name: str) -> Callable[[Any], Any]:
+    def rebuild(value: Any) -> Any:
+        if type(value) is not str:
+            raise TypeError("not a string")
+        return getattr(importlib.import_module(module), name)(value)
+
+    return rebuild
 
 
 _REBUILD: dict[str, Callable[[Any], Any]] = {
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-    "dict": lambda pairs: {key: value for key, value in pairs},  # noqa: C416 - two items each, or an error
+    "tuple": _sequence(tuple),
+    "set": _sequence(set),
+    "frozenset": _sequence(frozenset),
+    "dict": _sequence(_pairs),
     "int": lambda text: int(text, 16),
-    "float": float,
+    "float": _text("builtins", "float"),
     "bytes": lambda text: base64.b64decode(text, validate=True),
     "datetime": datetime.fromisoformat,
     "date": date.fromisoformat,
     "time": time.fromisoformat,
-    "timedelta": lambda parts: timedelta(*parts),
-    "decimal": _from_module("decimal", "Decimal"),
-    "uuid": _from_module("uuid", "UUID"),
+    "timedelta": _sequence(_timedelta),
+    "decimal": _text("decimal", "Decimal"),
+    "uuid": _text("uuid", "UUID"),
 }
 
 

@@ -13,7 +13,6 @@ from wove.errors import (
     EnvironmentExecutionError,
     RemoteTraceback,
     WorkerLostError,
-    cut,
     safe_text,
 )
 from wove.wire import decode_value, encode_value
@@ -38,7 +37,7 @@ def encode_exception(exc: BaseException, attachments: list[Buffer]) -> list[dict
         entry: dict[str, Any] = {
             "kind": type(current).__name__,
             "message": safe_text(current),
-            "notes": [cut(str(note), 2_000) for note in _notes(current)[:8]],
+            "notes": [safe_text(note, 2_000) for note in _notes(current)[:8]],
             "link": link,
         }
         value = _encode_object(current, attachments)
@@ -50,7 +49,10 @@ def encode_exception(exc: BaseException, attachments: list[Buffer]) -> list[dict
 
 
 def _notes(exc: BaseException) -> list[Any]:
-    notes = getattr(exc, "__notes__", None)
+    try:
+        notes = getattr(exc, "__notes__", None)
+    except Exception:  # a class whose __getattr__ fails
+        notes = None
     return list(notes) if isinstance(notes, (list, tuple)) else []
 
 
@@ -69,9 +71,10 @@ def _encode_object(exc: BaseException, attachments: list[Buffer]) -> list[Any] |
     """
     if not isinstance(exc, Exception):
         return None
-    for form in (exc, (type(exc), exc.args, exc.__dict__)):
+    for by_parts in (False, True):
         trial: list[Buffer] = []
         try:
+            form = (type(exc), exc.args, exc.__dict__) if by_parts else exc
             descriptor = encode_value(form, trial)
             views = [memoryview(part) for part in trial]
             back = _rebuild(decode_value(descriptor, views))
@@ -110,15 +113,22 @@ def decode_exception(chain: Any, attachments: Sequence[memoryview]) -> Exception
     """
     if type(chain) is not list or not chain:
         return None
-    rebuilt = [_decode_entry(entry, attachments) for entry in chain[:MAX_CHAIN]]
-    head = rebuilt[0]
+    head = _decode_entry(chain[0], attachments)
     if not _raisable(head):
         return None
-    for entry, earlier, later in zip(chain[1:], rebuilt, rebuilt[1:], strict=False):
-        if entry.get("link") == "cause":
-            earlier.__cause__ = later
-        else:
-            earlier.__context__ = later
+    earlier = head
+    for entry in chain[1:MAX_CHAIN]:
+        if type(entry) is not dict:
+            break
+        later = _decode_entry(entry, attachments)
+        try:
+            if entry.get("link") == "cause":
+                earlier.__cause__ = later
+            else:
+                earlier.__context__ = later
+        except Exception:
+            break  # an exception that lets nothing be set on it
+        earlier = later
     return head  # type: ignore[return-value]
 
 
@@ -163,9 +173,16 @@ def error_from_frame(frame: Mapping[str, Any], *, where: str = "") -> Exception:
     """
     error = frame["error"]
     exc = frame.get("exception")
-    if not isinstance(exc, Exception) or not _raisable(exc):
-        lost = error.get("kind") == WorkerLostError.__name__ and error.get("source") == "backend"
-        exc = WorkerLostError(error) if lost else EnvironmentExecutionError(error)
+    if isinstance(exc, Exception) and _raisable(exc):
+        try:
+            return _explained(exc, error, where)
+        except Exception:  # noqa: S110 - one that lets nothing be set on it: the data stands for it
+            pass
+    lost = error.get("kind") == WorkerLostError.__name__ and error.get("source") == "backend"
+    return _explained(WorkerLostError(error) if lost else EnvironmentExecutionError(error), error, where)
+
+
+def _explained(exc: Exception, error: Mapping[str, Any], where: str) -> Exception:
     text = error.get("traceback")
     if isinstance(text, str) and text and exc.__traceback__ is None:
         last: BaseException = exc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import secrets
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,7 @@ from wove.backend import build_payload
 from wove.callback_server.runs import OpenRun
 from wove.security import event_tag, find_secrets, run_key
 from wove.wire import encode_value, pack_message
+from wove_tests.fleets import SUPPORT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,6 +38,12 @@ def wait_until(condition: Callable[[], Any], what: str, patience: float = PATIEN
         assert time.monotonic() < deadline, f"waited {patience:g} s in vain until {what}"
         time.sleep(0.005)
     return value
+
+
+def child_environment(**variables: str) -> dict[str, str]:
+    """Return the environment of a Python process that imports what the tests import."""
+    path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **variables}
 
 
 class Sink:
@@ -175,6 +183,7 @@ class Payload:
         func: Callable[..., Any],
         *args: Any,
         heartbeat: float | None = None,
+        timeout: float | None = None,
         secret: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -186,7 +195,7 @@ class Payload:
             "callable": func,
             "positional": args,
             "args": kwargs,
-            "delivery": {"attempt": 1, "timeout": None, "heartbeat_seconds": heartbeat},
+            "delivery": {"attempt": 1, "timeout": timeout, "heartbeat_seconds": heartbeat},
         }
         ring = find_secrets(secret)
         built = build_payload(self.frame, environment=ENVIRONMENT, ring=ring, callback_url=callback_url)
