@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Seconds after its ``delivery_timeout`` in which a task that was never started is dropped by Celery.
 EXPIRES_AFTER = 24 * 3600
+#: Connections that an app made here holds at most.
+POOL_LIMIT = 8
 #: Seconds that an app made here waits for its broker before a submission fails.
 BROKER_TIMEOUT = 5.0
 
@@ -66,6 +69,7 @@ class CeleryAdapter(BackendAdapter):
             )
         # Once, here: finalizing an app from several threads at a time is not safe.
         app.finalize()
+        _check_broker_url(app)
         # JSON text unless the fleet's own serializer carries bytes.
         self._binary = app.conf.task_serializer in ("msgpack", "pickle")
         if "serializer" in self._options:
@@ -157,13 +161,33 @@ def make_app(broker_url: str, *, name: str, backend: str | None = None) -> Any:
     belongs to the user's own apps and does not lead this one elsewhere.
     """
     from celery import Celery
+    from celery.app.amqp import AMQP
+    from kombu.pools import ProducerPool
+
+    # Pools of the app's own: Celery's are shared by all apps of the process on one broker,
+    # so that closing them would close connections of the user's apps.
+    class WoveAMQP(AMQP):  # type: ignore[misc]
+        @cached_property
+        def producer_pool(self) -> Any:
+            return ProducerPool(connections=self.app.pool, limit=POOL_LIMIT)
 
     class WoveApp(Celery):  # type: ignore[misc]
+        amqp_cls = WoveAMQP
+
+        @cached_property
+        def pool(self) -> Any:
+            return self.connection_for_write().Pool(POOL_LIMIT)
+
         def connection_for_write(self, url: str | None = None, **options: Any) -> Any:
             return super().connection_for_write(url or broker_url, **options)
 
         def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
             return super().connection_for_read(url or broker_url, **options)
+
+        def close(self) -> None:
+            self.amqp.producer_pool.force_close_all()
+            self.pool.force_close_all()
+            super().close()
 
     app = WoveApp(name, broker=broker_url, backend=backend, set_as_current=False)
     app.conf.update(
@@ -176,6 +200,15 @@ def make_app(broker_url: str, *, name: str, backend: str | None = None) -> Any:
         },
     )
     return app
+
+
+def _check_broker_url(app: Any) -> None:
+    try:
+        app.connection_for_write().get_transport_cls()
+    except (KeyError, ImportError, ValueError) as exc:
+        raise ConfigurationError(
+            f'executor_config["broker_url"] cannot be used: {type(exc).__name__}: {scrub(str(exc))}'
+        ) from None
 
 
 def import_app(reference: str) -> Any:

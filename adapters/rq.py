@@ -67,9 +67,16 @@ class RqAdapter(BackendAdapter):
         if queue is None:
             from redis import Redis
 
-            self._owned = Redis.from_url(
-                self.config["redis_url"], socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT
-            )
+            try:
+                self._owned = Redis.from_url(
+                    self.config["redis_url"],
+                    socket_timeout=REDIS_TIMEOUT,
+                    socket_connect_timeout=REDIS_TIMEOUT,
+                )
+            except (ValueError, AttributeError) as exc:
+                raise ConfigurationError(
+                    f'executor_config["redis_url"] cannot be used: {scrub(str(exc))}'
+                ) from None
             queue = Queue(self.config.get("queue_name") or "default", connection=self._owned)
         elif self.config.get("queue_name") is not None:
             raise ConfigurationError('executor_config: "queue_name" goes with "redis_url", not with "queue"')

@@ -62,7 +62,7 @@ class Guard:
 
     def _sweep_once(self, server: web.Server) -> None:
         now = time.monotonic()
-        live = set(server.connections)
+        live = dict.fromkeys(server.connections)  # in the order in which they came
         for gone in [protocol for protocol in self._last_seen if protocol not in live]:
             del self._last_seen[gone]
             self._used.discard(gone)
@@ -109,8 +109,8 @@ class Guard:
             raise refusal(web.HTTPServiceUnavailable(headers={"Retry-After": "1"}))
         self._bytes += size
         try:
-            async with asyncio.timeout(BODY_SECONDS + size / SLOWEST_BODY):
-                return await _read_exactly(request, size)
+            async with asyncio.timeout(BODY_SECONDS) as deadline:
+                return await _read_exactly(request, size, deadline)
         except TimeoutError:
             raise refusal(web.HTTPRequestTimeout()) from None
         except asyncio.IncompleteReadError:
@@ -119,16 +119,19 @@ class Guard:
             self._bytes -= size
 
 
-async def _read_exactly(request: web.Request, size: int) -> bytearray:
+async def _read_exactly(request: web.Request, size: int, deadline: asyncio.Timeout) -> bytearray:
     # Into one buffer: joining chunks would hold a large body twice.
     body = bytearray(size)
     at = 0
+    begun = asyncio.get_running_loop().time()
     while at < size:
         chunk = await request.content.readany()
         if not chunk:
             raise asyncio.IncompleteReadError(b"", size)
         body[at : at + len(chunk)] = chunk
         at += len(chunk)
+        # Bytes that have come earn time for the rest; claimed ones do not.
+        deadline.reschedule(begun + BODY_SECONDS + at / SLOWEST_BODY)
     return body
 
 

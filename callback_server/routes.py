@@ -228,7 +228,7 @@ class Routes:
         if (
             key is None
             or scheme != "Bearer"
-            or not same(webhook_token(key, run.run_id).encode(), token.encode())
+            or not same(webhook_token(key, run.run_id).encode(), token.encode("utf-8", "replace"))
         ):
             raise _unauthorized(request)
         reason = _failure_text(body)

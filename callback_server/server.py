@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from wove.callback_server.guard import KEEP_ALIVE_SECONDS, Guard
 from wove.callback_server.routes import Routes
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
     from wove.callback_server.runs import OpenRun
 
 logger = logging.getLogger("wove.callback_server")
+
+
+class _NoPeerBytes(logging.Filter):
+    """Drops aiohttp's reports of requests that are no HTTP: noise, and bytes of whoever sent them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.exc_info[0] if record.exc_info else None
+        return kind is None or not issubclass(kind, HttpProcessingError)
+
+
+_http_logger = logging.getLogger("wove.callback_server.http")
+_http_logger.addFilter(_NoPeerBytes())
 
 #: Connections that the kernel accepts while the loop is busy: a fleet reports all at once.
 BACKLOG = 1024
@@ -150,6 +163,7 @@ class CallbackListener:
         runner = web.AppRunner(
             app,
             access_log=None,
+            logger=_http_logger,
             handle_signals=False,
             handler_cancellation=True,
             keepalive_timeout=KEEP_ALIVE_SECONDS,

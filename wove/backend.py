@@ -44,8 +44,17 @@ class BuiltPayload:
     message: list[Buffer] | None
 
 
-def build_payload(frame: Frame, *, environment: str, ring: SecretRing, callback_url: str) -> BuiltPayload:
+def build_payload(
+    frame: Frame, *, environment: str, ring: SecretRing, callback_url: str, max_body: int | None = None
+) -> BuiltPayload:
     """Encode and sign a ``run_task`` frame.
+
+    Args:
+        frame: the command.
+        environment: the environment's name.
+        ring: its primary secret signs.
+        callback_url: where workers report to.
+        max_body: the largest outcome, in bytes, that will be taken there.
 
     Raises:
         EncodeError: the callable or an argument cannot be sent; nothing was submitted.
@@ -63,6 +72,7 @@ def build_payload(frame: Frame, *, environment: str, ring: SecretRing, callback_
         "sent_at": time.time(),
         "heartbeat": delivery.get("heartbeat_seconds"),
         "timeout": delivery.get("timeout"),
+        "max_body": max_body,
     }
     call = {
         "callable": encode_callable(frame["callable"], attachments),

@@ -247,7 +247,10 @@ def open_payload(ring: SecretRing, payload: bytes) -> tuple[str, Secret, memoryv
             "give the submitter and its workers the same WOVE_SECRET"
         )
     if not same(_payload_tag(secret, kid, name, [message]), tag):
-        raise PayloadRejectedError("the payload's signature is wrong: it was changed on its way, or forged")
+        raise PayloadRejectedError(
+            f"the payload's signature is wrong: it was changed on its way, or signed with another secret than "
+            f"{ring.source}: give the submitter and its workers the same WOVE_SECRET"
+        )
     return name.decode(), secret, message
 
 

@@ -281,7 +281,11 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
 
     def _build(self, frame: Frame) -> BuiltPayload:
         return build_payload(
-            frame, environment=self._environment, ring=self._ring, callback_url=self._callback_url
+            frame,
+            environment=self._environment,
+            ring=self._ring,
+            callback_url=self._callback_url,
+            max_body=self._max_body,
         )
 
     def _open_run(self, lease: Lease, frame: Frame, built: BuiltPayload) -> None:

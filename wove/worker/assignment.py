@@ -52,6 +52,7 @@ class Assignment:
             self.callback: str = _checked(envelope["callback"], str)
             self.sent_at: float = _checked(envelope["sent_at"], float)
             self.heartbeat = _seconds(envelope.get("heartbeat"))
+            self.max_body: int | None = envelope.get("max_body")
             self.timeout = _seconds(envelope.get("timeout"))
             nonce = _checked(envelope["nonce"], bytes)
             self.origin, self.path = split_url(self.callback)

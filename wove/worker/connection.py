@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 TIMEOUT = 10.0
 #: Bytes a second that a large body is granted on top.
 SLOWEST = 256 * 1024
+#: Bodies up to this size, in bytes, are sent in one piece.
+SMALL = 64 * 1024
 #: Origins that a thread keeps a connection to: submitters come and go, workers stay.
 MAX_ORIGINS = 8
 #: Largest reply body that is read, in bytes; fetched payloads say their size beforehand.
@@ -99,7 +101,12 @@ def request(
     for fresh in (False, True):
         connection, reused = _connection(origin, fresh=fresh)
         try:
-            send(connection, method, path, headers, parts, size, allowed)
+            try:
+                send(connection, method, path, headers, parts, size, allowed)
+            except ConnectionError:
+                if reused or size <= SMALL:
+                    raise
+                # A server that refuses a large body answers before it has all of it.
             return read_reply(origin, connection.getresponse(), max_reply)
         except (ConnectionError, _bad_status()) as exc:
             connection.close()
@@ -150,7 +157,7 @@ def send(
         connection.putheader(name, value)
     if method != "GET":
         connection.putheader("Content-Length", str(size))
-    if size <= 64 * 1024:
+    if size <= SMALL:
         connection.endheaders(b"".join(parts) or None)
         return
     connection.endheaders()

@@ -221,8 +221,9 @@ class _Beats:
 
     def close(self) -> None:
         """Close the connection that is kept for the next beat."""
-        if self._spare is not None:
-            self._spare.close()
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.close()
 
     def answered(self, held: _Held) -> None:
         """Read the reply to a beat and pass cancellations on."""
@@ -240,6 +241,7 @@ class _Beats:
             self._failed(exc)
         else:
             self._failures = 0
+            self.close()
             self._spare = held.connection
 
     def _drop(self, held: _Held) -> None:

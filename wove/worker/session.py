@@ -38,6 +38,8 @@ REPORT_TIMEOUT = 5.0
 #: Frames and characters that one report holds at most.
 MAX_FRAMES = 48
 MAX_CHARACTERS = 40_000
+#: Bytes of a request beside its values, at most.
+ENVELOPE_ALLOWANCE = 64 * 1024
 #: Progress and log frames that wait at most; then the oldest are dropped.
 MAX_PENDING = 1_000
 
@@ -145,16 +147,21 @@ class Session:
         """Whether frames wait to be sent (the first of all says that the task has started)."""
         return bool(self._pending) or not self._started
 
-    def report(self) -> None:
-        """Send the frames that wait. Failures lose them: they are news, not outcomes."""
+    def report(self) -> bool:
+        """Send frames that wait, as many as one request holds.
+
+        Returns:
+            False when they could not be delivered: then they are lost, being news and no outcome.
+        """
         with self._sending:
             batch = self._take_pending()
             if not batch or self._finished:
-                return
+                return True
             try:
-                self._post(batch, [], final=False, timeout=REPORT_TIMEOUT)
+                return self._post(batch, [], final=False, timeout=REPORT_TIMEOUT).status < 300
             except Exception as exc:
                 logger.info("progress of run %s was not delivered: %s", self.assignment.run_id, exc)
+                return False
 
     def _take_pending(self) -> list[frames.Frame]:
         with self._lock:
@@ -183,8 +190,9 @@ class Session:
         except BaseException as exc:
             self.fail(exc, source="worker")
             raise
-        if self._finish(frames.TASK_RESULT, attachments, result=described) == 413:
-            size = sum(memoryview(part).nbytes for part in attachments)
+        size = sum(memoryview(part).nbytes for part in attachments)
+        too_large = size + ENVELOPE_ALLOWANCE > (self.assignment.max_body or size + ENVELOPE_ALLOWANCE)
+        if too_large or self._finish(frames.TASK_RESULT, attachments, result=described) == 413:
             self.fail(
                 EncodeError(
                     f"the result has {size} bytes, more than the callback server takes: raise "
@@ -221,6 +229,9 @@ class Session:
 
     def _finish(self, kind: str, attachments: list[Buffer], **fields: Any) -> int:
         """Deliver the terminal frame, however long the callback server is away."""
+        # What one request does not hold goes ahead, as long as somebody listens.
+        while len(self._pending) > MAX_FRAMES - 4 and self.report():
+            pass
         # A report under way gets a moment to arrive first.
         held = self._sending.acquire(timeout=REPORT_TIMEOUT)
         try:
