@@ -166,7 +166,7 @@ class TestErrors:
     """An exception arrives as itself, with the traceback of where it was raised."""
 
     async def test_builtin(self, handle: EnvironmentHandle, fleet: str) -> None:
-        with pytest.raises(ValueError, match="^a builtin problem") as caught:
+        with pytest.raises(ValueError, match=r"^a builtin problem") as caught:
             await handle.run(tasks.fail_builtin)
         if fleet != "local":
             assert isinstance(caught.value.__cause__, RemoteTraceback)
@@ -235,7 +235,7 @@ class TestDelivery:
     async def test_delivery_timeout(self, handle: EnvironmentHandle, tmp_path: Path) -> None:
         started, seen = tmp_path / "started", tmp_path / "seen"
         begun = time.monotonic()
-        with pytest.raises(DeliveryTimeoutError, match="delivery_timeout=1.5"):
+        with pytest.raises(DeliveryTimeoutError, match=r"delivery_timeout=1.5"):
             await handle.options(delivery_timeout=1.5).run(tasks.until_cancelled, str(started), str(seen))
         assert time.monotonic() - begun < 5
         if started.exists():
@@ -261,9 +261,7 @@ class TestDelivery:
             await call
         assert seen.exists()
 
-    async def test_cancel_while_queued(
-        self, handle: EnvironmentHandle, fleet: str, tmp_path: Path
-    ) -> None:
+    async def test_cancel_while_queued(self, handle: EnvironmentHandle, fleet: str, tmp_path: Path) -> None:
         release, never = tmp_path / "release", tmp_path / "never"
         blockers = []
         for number in range(SLOTS[fleet]):

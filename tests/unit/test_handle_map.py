@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import weakref
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -209,6 +210,26 @@ class TestBounds:
             assert len(gates.begun) == 128
             gates.let_go(0)
             assert await first == 0
+
+    @pytest.mark.parametrize("ordered", [True, False])
+    async def test_results_that_were_handed_out_are_not_kept(
+        self, handle: EnvironmentHandle, ordered: bool
+    ) -> None:
+        class Large:
+            pass
+
+        async def make(number: int) -> Large:
+            return Large()
+
+        seen: list[weakref.ref[Large]] = []
+        async with aclosing(handle.map(make, itertools.count(), in_flight=2, ordered=ordered)) as results:
+            async for result in results:
+                seen.append(weakref.ref(result))
+                del result
+                if len(seen) == 30:
+                    break
+            gc.collect()
+            assert sum(each() is not None for each in seen) <= 4
 
     async def test_one_at_a_time(self, handle: EnvironmentHandle) -> None:
         assert [r async for r in handle.map(times_ten, range(5), in_flight=1)] == [0, 10, 20, 30, 40]

@@ -479,7 +479,7 @@ class TestEnsureEnvironment:
     """Adds an environment to a runtime, once."""
 
     async def test_it_starts_an_environment_and_is_idempotent(self) -> None:
-        executor = Scripted()
+        executor = Scripted(start=lambda: asyncio.sleep(0))
         async with ExecutorRuntime({}) as runtime:
             await asyncio.gather(
                 *(runtime.ensure_environment("there", {"executor": executor}) for _ in range(5))

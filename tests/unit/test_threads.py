@@ -171,7 +171,7 @@ class TestThreads:
         pool.close()
 
     def test_no_call_is_forgotten_while_threads_come_and_go(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(threads, "IDLE_SECONDS", 0.0001)
+        monkeypatch.setattr(threads, "IDLE_SECONDS", 0)  # an idle thread ends at once
         pool = DaemonPool(3, "busy-pool")
         results: list[int] = []
 
