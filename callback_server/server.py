@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -189,7 +190,21 @@ class CallbackListener:
         finally:
             if sweeper is not None:
                 sweeper.cancel()
+            await self._accept_no_more()
             await runner.cleanup()
+
+    async def _accept_no_more(self) -> None:
+        """Leave off accepting, and let connections that were accepted this moment get their handlers.
+
+        asyncio drops a connection, without closing it, whose server is closed between its
+        acceptance and its handler; its worker would wait for an answer in vain.
+        """
+        loop = asyncio.get_running_loop()
+        for listening in self._sockets:
+            with suppress(OSError, NotImplementedError):
+                loop.remove_reader(listening.fileno())
+        for _ in range(3):
+            await asyncio.sleep(0)
 
 
 def _listening_sockets(site: web.TCPSite) -> list[Any]:
