@@ -63,6 +63,8 @@ def fleets(_no_process_left: None) -> Iterator[Fleets]:
     """Every server and worker of this run, started when first asked for."""
     with Fleets() as running:
         yield running
+        left = leftovers.wait_until(lambda: not running.keys_left()) or running.keys_left()
+        assert left is True, f"the tests left keys in Redis: {left}"
 
 
 @pytest.fixture(scope="session")

@@ -185,8 +185,9 @@ def _pickle(value: Any, max_buffers: int) -> list[Buffer]:
 
 def _by_value_modules() -> bool:
     # Respect cloudpickle.register_pickle_by_value without importing cloudpickle.
-    module = sys.modules.get("cloudpickle")
-    return module is not None and bool(module.list_registry_pickle_by_value())
+    # Another thread may be in the middle of importing it.
+    registered = getattr(sys.modules.get("cloudpickle"), "list_registry_pickle_by_value", None)
+    return registered is not None and bool(registered())
 
 
 def _cloudpickle() -> Any:

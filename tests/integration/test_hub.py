@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -171,6 +172,31 @@ class TestRelease:
             assert time.monotonic() - begun < 2
             assert held.result(5).body == b""
         assert listener_threads() == []
+
+    def test_who_comes_while_it_ends_is_not_forgotten(
+        self, acquire: Callable[..., Lease], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # A worker whose connection was accepted and then dropped, unclosed, would wait for its whole timeout.
+        forgotten: list[str] = []
+        monkeypatch.setattr(sys, "unraisablehook", lambda args: forgotten.append(str(args.exc_value)))
+
+        def knock(port: int, connections: list[socket.socket]) -> None:
+            with suppress(OSError):
+                for _ in range(10):
+                    connections.append(socket.create_connection((LOOPBACK, port), timeout=5))
+
+        for _ in range(20):
+            lease = acquire()
+            connections: list[socket.socket] = []
+            knocking = threading.Thread(target=knock, args=(lease.port, connections))
+            knocking.start()
+            lease.release()
+            knocking.join()
+            for connection in connections:
+                connection.close()
+            del lease
+            gc.collect()
+        assert forgotten == []
 
 
 class TestAddresses:

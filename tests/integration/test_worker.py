@@ -980,7 +980,12 @@ class TestBeat:
         assert not running[0].done()
         assert not running[2].done()
         for payload in (payloads[0], payloads[2]):
-            held = [b for b in server.beats if b.names(payload) and not b.answered.is_set()]
+            held = wait_until(
+                lambda payload=payload: [
+                    beat for beat in server.beats if beat.names(payload) and not beat.answered.is_set()
+                ],
+                "a beat is held for it",
+            )
             held[-1].cancel(payload)
         for each in running:
             assert each.result(10) is True

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from wove import frames
 from wove.delivery import SETTINGS, TOMBSTONES, DeliveryPolicy, Outcome, RunState, RunTable, nearest
@@ -581,15 +581,19 @@ class Model:
         return min(dues)
 
 
-SECONDS = st.sampled_from([0.25, 0.5, 1, 2, 3.5])
+DEADLINES = st.sampled_from([1, 2, 5, 10])
 POLICIES = st.builds(
     DeliveryPolicy,
-    timeout=st.none() | SECONDS,
-    start_timeout=st.none() | SECONDS,
-    heartbeat_seconds=st.none() | SECONDS,
+    timeout=st.none() | DEADLINES,
+    start_timeout=st.none() | DEADLINES,
+    heartbeat_seconds=st.none() | DEADLINES,
     cancel_mode=st.sampled_from(["best_effort", "require_ack"]),
-    cancel_timeout=SECONDS,
+    cancel_timeout=DEADLINES,
 )
+#: What passes at once: less than most deadlines, so that runs live to see something.
+MOMENTS = st.sampled_from([0.25, 0.5, 1, 3])
+#: Which run a step is about: the open ones come first, then the ended ones.
+WHICH = st.integers(0, 4)
 #: What makes an event malformed: other fields, or (``...``) missing ones.
 FLAWS: list[tuple[str, dict[str, Any]]] = [
     ("heartbeat", {"seq": 0}),
@@ -617,7 +621,11 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.runs: dict[str, Model] = {}
         self.sent: list[frames.Frame] = []
 
-    ids: Bundle[str] = Bundle("ids")
+    def pick(self, which: int) -> str:
+        """Return the id of a run."""
+        return sorted(self.runs, key=lambda run_id: (not self.runs[run_id].open, run_id))[
+            which % len(self.runs)
+        ]
 
     def took(self, outcome: Outcome | None) -> None:
         """Note an outcome."""
@@ -625,38 +633,62 @@ class DeliveryMachine(RuleBasedStateMachine):
             assert outcome.kind in ("result", "error", "cancelled", "timeout")
             self.runs[outcome.run.run_id].outcomes.append(outcome.kind)
 
-    @rule(target=ids, policy=POLICIES)
-    def open(self, policy: DeliveryPolicy) -> str:
+    @precondition(lambda self: len(self.table) < 4)
+    @rule(policy=POLICIES)
+    def open(self, policy: DeliveryPolicy) -> None:
         run_id = f"{len(self.runs):032x}"
         self.runs[run_id] = Model(policy, self.clock.now)
         run = self.table.open(run_id, "app.task", policy)
         assert run.run_id == run_id
-        return run_id
 
-    @rule(run_id=ids)
-    def submitted(self, run_id: str) -> None:
+    @precondition(lambda self: self.runs)
+    @rule(which=WHICH)
+    def submitted(self, which: int) -> None:
+        run_id = self.pick(which)
         self.table.submitted(run_id)
 
-    @rule(run_id=ids, kind=st.sampled_from([*sorted(frames.EVENTS), "of_a_newer_peer"]), newer=st.booleans())
-    def event_of_a_live_attempt(self, run_id: str, kind: str, newer: bool) -> None:
+    @precondition(lambda self: self.runs)
+    @rule(which=WHICH, kind=st.sampled_from(sorted(frames.EVENTS - frames.TERMINAL)), newer=st.booleans())
+    def sign_of_life(self, which: int, kind: str, newer: bool) -> None:
+        run_id = self.pick(which)
         model = self.runs[run_id]
         model.attempt += newer
-        frame = event(kind, run_id, model.attempt, len(self.sent) + 1)
-        self.sent.append(frame)
-        was_open = model.open
-        outcome = outcome_of(self.table, frame)
-        assert (outcome is not None) == (was_open and kind in frames.TERMINAL)
+        assert self.apply(run_id, kind) is None
+        if model.open:
+            model.started, model.last_seen = True, self.clock.now
+
+    @precondition(lambda self: self.runs)
+    @rule(which=WHICH, kind=st.sampled_from(sorted(frames.TERMINAL)))
+    def outcome(self, which: int, kind: str) -> None:
+        run_id = self.pick(which)
+        was_open = self.runs[run_id].open
+        outcome = self.apply(run_id, kind)
+        assert (outcome is not None) == was_open
         if outcome is not None:
             assert (outcome.run.run_id, f"task_{outcome.kind}") == (run_id, kind)
-        if was_open and kind in frames.EVENTS:
-            model.started, model.last_seen = True, self.clock.now
         self.took(outcome)
 
-    @rule(run_id=ids, kind=st.sampled_from(sorted(frames.TERMINAL)))
-    def outcome_of_a_stale_attempt(self, run_id: str, kind: str) -> None:
+    @precondition(lambda self: self.runs)
+    @rule(which=WHICH)
+    def event_of_a_newer_peer(self, which: int) -> None:
+        run_id = self.pick(which)
+        assert self.apply(run_id, "of_a_newer_peer") is None
+
+    def apply(self, run_id: str, kind: str) -> Outcome | None:
+        """Apply an event of the newest attempt."""
+        frame = event(kind, run_id, self.runs[run_id].attempt, len(self.sent) + 1)
+        self.sent.append(frame)
+        return outcome_of(self.table, frame)
+
+    @precondition(lambda self: self.runs)
+    @rule(which=WHICH, kind=st.sampled_from(sorted(frames.TERMINAL)))
+    def outcome_of_a_stale_attempt(self, which: int, kind: str) -> None:
+        run_id = self.pick(which)
         model = self.runs[run_id]
         if model.attempt == 1:
-            return
+            model.attempt = 2
+            self.apply(run_id, frames.TASK_STARTED)
+            self.learn(run_id)
         was_open = model.open
         outcome = outcome_of(self.table, event(kind, run_id, model.attempt - 1))
         assert outcome is None or was_open
@@ -684,8 +716,10 @@ class DeliveryMachine(RuleBasedStateMachine):
                 self.runs[run_id].started = run.started_at is not None
                 self.runs[run_id].last_seen = run.last_seen
 
-    @rule(run_id=ids, flaw=st.sampled_from(FLAWS))
-    def malformed_event(self, run_id: str, flaw: tuple[str, dict[str, Any]]) -> None:
+    @precondition(lambda self: self.runs)
+    @rule(which=WHICH, flaw=st.sampled_from(FLAWS))
+    def malformed_event(self, which: int, flaw: tuple[str, dict[str, Any]]) -> None:
+        run_id = self.pick(which)
         kind, changes = flaw
         changed = {**event(kind, run_id), **changes}
         self.refused({key: value for key, value in changed.items() if value is not ...})
@@ -704,8 +738,10 @@ class DeliveryMachine(RuleBasedStateMachine):
     def unknown_run(self) -> None:
         assert outcome_of(self.table, event("task_result", "f" * 32)) is None
 
-    @rule(run_id=ids)
-    def cancel(self, run_id: str) -> None:
+    @precondition(lambda self: self.runs)
+    @rule(which=WHICH)
+    def cancel(self, which: int) -> None:
+        run_id = self.pick(which)
         model = self.runs[run_id]
         outcome = self.table.cancel(run_id)
         best_effort = model.policy.cancel_mode == "best_effort"
@@ -714,18 +750,20 @@ class DeliveryMachine(RuleBasedStateMachine):
             model.cancelled_at = self.clock.now
         self.took(outcome)
 
-    @rule(run_id=ids, cancel_work=st.booleans())
-    def fail(self, run_id: str, cancel_work: bool) -> None:
+    @precondition(lambda self: self.runs)
+    @rule(which=WHICH, cancel_work=st.booleans())
+    def fail(self, which: int, cancel_work: bool) -> None:
+        run_id = self.pick(which)
         outcome = self.table.fail(run_id, ValueError("x"), cancel_work=cancel_work)
         assert (outcome is not None) == self.runs[run_id].open
         self.took(outcome)
 
-    @rule(seconds=SECONDS)
+    @rule(seconds=MOMENTS)
     def let_time_pass(self, seconds: float) -> None:
         self.clock.now += seconds
         self.expire()
 
-    @rule(seconds=SECONDS)
+    @rule(seconds=MOMENTS)
     def let_time_pass_while_the_loop_is_busy(self, seconds: float) -> None:
         self.clock.now += seconds
 

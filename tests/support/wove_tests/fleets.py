@@ -148,6 +148,24 @@ class Fleets:
             definition["executor_config"] = config
         return {**definition, **changes}
 
+    def keys_left(self) -> list[str]:
+        """Return the keys in Redis that stem from runs: neither a worker's own nor the broker's."""
+        if self._redis is None:
+            return []
+        from redis import Redis
+        from rq.registry import FailedJobRegistry
+
+        left = []
+        for fleet in _ALL:
+            if fleet.broker != "redis":
+                continue
+            with Redis.from_url(self.redis_url(fleet.database)) as connection:
+                if fleet.executor == "rq":
+                    # What every RQ worker does every ten minutes.
+                    FailedJobRegistry(fleet.queue, connection=connection).cleanup()
+                left += [f"{fleet.name}: {key.decode()}" for key in connection.keys() if not _expected(key)]
+        return left
+
     def _new_worker(self, fleet: Fleet) -> ManagedProcess:
         # Workers import the helpers of the tests, as a real worker imports the project's code.
         path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
@@ -169,9 +187,15 @@ class Fleets:
         return {"broker_url": self.broker_url(fleet.name), "queue": fleet.queue}
 
     def _rq_config(self, fleet: Fleet) -> dict[str, Any]:
+        # Failed jobs can be looked at for a while; here only until the end of the run.
+        brief = {"enqueue_options": {"failure_ttl": 1}}
         if "serializer" in fleet.options:
-            return {"queue": self._rq_queue(fleet)}
-        return {"redis_url": self.broker_url(fleet.name), "queue_name": fleet.queue}
+            return {"queue": self._rq_queue(fleet), **brief}
+        return {"redis_url": self.broker_url(fleet.name), "queue_name": fleet.queue, **brief}
+
+
+def _expected(key: bytes) -> bool:
+    return key.startswith((b"_kombu.", b"rq:worker", b"rq:queues", b"rq:clean_registries", b"rq:pubsub"))
 
 
 _SUBMITTER_CONFIG: dict[str, Callable[[Fleets, Fleet], dict[str, Any]]] = {

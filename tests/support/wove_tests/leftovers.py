@@ -7,6 +7,10 @@ import os
 import secrets
 import signal
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _VARIABLE = "WOVE_TEST_RUN"
 _GRACE_SECONDS = 5.0
@@ -18,6 +22,16 @@ _HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 def mark_descendants() -> dict[str, str]:
     """Return an environment variable by which everything started from now on is recognised."""
     return {_VARIABLE: secrets.token_hex(8)}
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """Return whether the condition comes true within a short grace."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def wait_until_none_left() -> list[str]:
