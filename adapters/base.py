@@ -103,6 +103,13 @@ class BackendAdapter(ABC):
                 results.append(exc)
         return results
 
+    async def submit_alone(self, payload: bytes, frame: Frame) -> Any:
+        """Submit one payload by :meth:`submit_many`, for adapters whose batches come first."""
+        (result,) = await self.submit_many([(payload, frame)])
+        if isinstance(result, Exception):
+            raise result
+        return result
+
     async def cancel(self, run_id: str, submission: Any, frame: Frame) -> bool:
         """Keep a queued run from starting, and stop a running one where that is configured.
 

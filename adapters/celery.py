@@ -85,10 +85,7 @@ class CeleryAdapter(BackendAdapter):
 
     async def submit(self, payload: bytes, frame: Frame) -> str:
         """Send one task."""
-        result = (await self.submit_many([(payload, frame)]))[0]
-        if isinstance(result, Exception):
-            raise result
-        return str(result)
+        return str(await self.submit_alone(payload, frame))
 
     async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
         """Send tasks by one producer, held for the batch."""

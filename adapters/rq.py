@@ -87,10 +87,7 @@ class RqAdapter(BackendAdapter):
 
     async def submit(self, payload: bytes, frame: Frame) -> str:
         """Enqueue one job."""
-        result = (await self.submit_many([(payload, frame)]))[0]
-        if isinstance(result, Exception):
-            raise result
-        return str(result)
+        return str(await self.submit_alone(payload, frame))
 
     async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
         """Enqueue jobs in one pipeline, in one round trip."""

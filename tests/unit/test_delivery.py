@@ -633,22 +633,34 @@ class DeliveryMachine(RuleBasedStateMachine):
             assert outcome.kind in ("result", "error", "cancelled", "timeout")
             self.runs[outcome.run.run_id].outcomes.append(outcome.kind)
 
+    def apply(self, run_id: str, kind: str) -> Outcome | None:
+        """Apply an event of the newest attempt."""
+        frame = event(kind, run_id, self.runs[run_id].attempt, len(self.sent) + 1)
+        self.sent.append(frame)
+        return outcome_of(self.table, frame)
+
+    def learn(self, run_id: str) -> None:
+        """Ask the table whether it took an old event for a sign of life: it may, it need not."""
+        for run in self.table.open_runs():
+            if run.run_id == run_id:
+                self.runs[run_id].started = run.started_at is not None
+                self.runs[run_id].last_seen = run.last_seen
+
     @precondition(lambda self: len(self.table) < 4)
-    @rule(policy=POLICIES)
-    def open(self, policy: DeliveryPolicy) -> None:
+    @rule(policy=POLICIES, submitted=st.booleans())
+    def open(self, policy: DeliveryPolicy, submitted: bool) -> None:
         run_id = f"{len(self.runs):032x}"
         self.runs[run_id] = Model(policy, self.clock.now)
-        run = self.table.open(run_id, "app.task", policy)
-        assert run.run_id == run_id
+        assert self.table.open(run_id, "app.task", policy).run_id == run_id
+        if submitted:
+            self.table.submitted(run_id)
 
     @precondition(lambda self: self.runs)
-    @rule(which=WHICH)
-    def submitted(self, which: int) -> None:
-        run_id = self.pick(which)
-        self.table.submitted(run_id)
-
-    @precondition(lambda self: self.runs)
-    @rule(which=WHICH, kind=st.sampled_from(sorted(frames.EVENTS - frames.TERMINAL)), newer=st.booleans())
+    @rule(
+        which=WHICH,
+        kind=st.sampled_from(sorted(frames.EVENTS - frames.TERMINAL)),
+        newer=st.booleans(),
+    )
     def sign_of_life(self, which: int, kind: str, newer: bool) -> None:
         run_id = self.pick(which)
         model = self.runs[run_id]
@@ -658,91 +670,24 @@ class DeliveryMachine(RuleBasedStateMachine):
             model.started, model.last_seen = True, self.clock.now
 
     @precondition(lambda self: self.runs)
-    @rule(which=WHICH, kind=st.sampled_from(sorted(frames.TERMINAL)))
-    def outcome(self, which: int, kind: str) -> None:
+    @rule(which=WHICH, kind=st.sampled_from([*sorted(frames.TERMINAL), "failure on this side"]))
+    def end(self, which: int, kind: str) -> None:
         run_id = self.pick(which)
         was_open = self.runs[run_id].open
-        outcome = self.apply(run_id, kind)
+        if kind in frames.TERMINAL:
+            outcome = self.apply(run_id, kind)
+        else:
+            outcome = self.table.fail(run_id, ValueError("x"))
         assert (outcome is not None) == was_open
         if outcome is not None:
-            assert (outcome.run.run_id, f"task_{outcome.kind}") == (run_id, kind)
+            assert outcome.run.run_id == run_id
+            assert kind not in frames.TERMINAL or kind == f"task_{outcome.kind}"
         self.took(outcome)
-
-    @precondition(lambda self: self.runs)
-    @rule(which=WHICH)
-    def event_of_a_newer_peer(self, which: int) -> None:
-        run_id = self.pick(which)
-        assert self.apply(run_id, "of_a_newer_peer") is None
-
-    def apply(self, run_id: str, kind: str) -> Outcome | None:
-        """Apply an event of the newest attempt."""
-        frame = event(kind, run_id, self.runs[run_id].attempt, len(self.sent) + 1)
-        self.sent.append(frame)
-        return outcome_of(self.table, frame)
-
-    @precondition(lambda self: self.runs)
-    @rule(which=WHICH, kind=st.sampled_from(sorted(frames.TERMINAL)))
-    def outcome_of_a_stale_attempt(self, which: int, kind: str) -> None:
-        run_id = self.pick(which)
-        model = self.runs[run_id]
-        if model.attempt == 1:
-            model.attempt = 2
-            self.apply(run_id, frames.TASK_STARTED)
-            self.learn(run_id)
-        was_open = model.open
-        outcome = outcome_of(self.table, event(kind, run_id, model.attempt - 1))
-        assert outcome is None or was_open
-        if was_open and kind == frames.TASK_RESULT:
-            assert outcome is not None
-        self.took(outcome)
-        self.learn(run_id)
-
-    @rule(data=st.data())
-    def duplicate(self, data: st.DataObject) -> None:
-        if not self.sent:
-            return
-        frame = data.draw(st.sampled_from(self.sent))
-        model = self.runs[frame["run_id"]]
-        was_open = model.open
-        outcome = outcome_of(self.table, dict(frame))
-        assert outcome is None or was_open
-        self.took(outcome)
-        self.learn(frame["run_id"])
-
-    def learn(self, run_id: str) -> None:
-        """Ask the table whether it took the last event for a sign of life: it may, it need not."""
-        for run in self.table.open_runs():
-            if run.run_id == run_id:
-                self.runs[run_id].started = run.started_at is not None
-                self.runs[run_id].last_seen = run.last_seen
-
-    @precondition(lambda self: self.runs)
-    @rule(which=WHICH, flaw=st.sampled_from(FLAWS))
-    def malformed_event(self, which: int, flaw: tuple[str, dict[str, Any]]) -> None:
-        run_id = self.pick(which)
-        kind, changes = flaw
-        changed = {**event(kind, run_id), **changes}
-        self.refused({key: value for key, value in changed.items() if value is not ...})
-
-    @rule(junk=st.sampled_from([None, "frame", [], {}, {"type": "task_result"}]))
-    def no_event_at_all(self, junk: Any) -> None:
-        self.refused(junk)
-
-    def refused(self, frame: Any) -> None:
-        """Apply what is malformed: it is counted, and that is all."""
-        before = self.table.dropped["malformed"]
-        assert outcome_of(self.table, frame) is None
-        assert self.table.dropped["malformed"] == before + 1
-
-    @rule()
-    def unknown_run(self) -> None:
-        assert outcome_of(self.table, event("task_result", "f" * 32)) is None
 
     @precondition(lambda self: self.runs)
     @rule(which=WHICH)
     def cancel(self, which: int) -> None:
-        run_id = self.pick(which)
-        model = self.runs[run_id]
+        model = self.runs[run_id := self.pick(which)]
         outcome = self.table.cancel(run_id)
         best_effort = model.policy.cancel_mode == "best_effort"
         assert (outcome is not None) == (model.open and best_effort)
@@ -751,12 +696,44 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.took(outcome)
 
     @precondition(lambda self: self.runs)
-    @rule(which=WHICH, cancel_work=st.booleans())
-    def fail(self, which: int, cancel_work: bool) -> None:
-        run_id = self.pick(which)
-        outcome = self.table.fail(run_id, ValueError("x"), cancel_work=cancel_work)
-        assert (outcome is not None) == self.runs[run_id].open
+    @rule(which=WHICH, kind=st.sampled_from(sorted(frames.TERMINAL)))
+    def outcome_of_a_stale_attempt(self, which: int, kind: str) -> None:
+        model = self.runs[run_id := self.pick(which)]
+        if model.attempt == 1:
+            model.attempt = 2
+            self.apply(run_id, frames.TASK_STARTED)
+        was_open = model.open
+        outcome = outcome_of(self.table, event(kind, run_id, model.attempt - 1))
+        assert (outcome is not None) == (was_open and kind == frames.TASK_RESULT)
         self.took(outcome)
+        self.learn(run_id)
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def duplicate(self, data: st.DataObject) -> None:
+        frame = data.draw(st.sampled_from(self.sent))
+        was_open = self.runs[frame["run_id"]].open
+        outcome = outcome_of(self.table, dict(frame))
+        assert outcome is None or was_open
+        self.took(outcome)
+        self.learn(frame["run_id"])
+
+    @precondition(lambda self: self.runs)
+    @rule(which=WHICH, flaw=st.sampled_from(FLAWS))
+    def malformed_event(self, which: int, flaw: tuple[str, dict[str, Any]]) -> None:
+        kind, changes = flaw
+        changed = {**event(kind, self.pick(which)), **changes}
+        frame = {key: value for key, value in changed.items() if value is not ...}
+        for junk in (frame, None, [frame], {}):
+            before = self.table.dropped["malformed"]
+            assert outcome_of(self.table, junk) is None
+            assert self.table.dropped["malformed"] == before + 1
+
+    @precondition(lambda self: self.runs)
+    @rule(which=WHICH)
+    def event_that_concerns_nobody(self, which: int) -> None:
+        assert outcome_of(self.table, event("task_result", "f" * 32)) is None
+        assert self.apply(self.pick(which), "of_a_newer_peer") is None
 
     @rule(seconds=MOMENTS)
     def let_time_pass(self, seconds: float) -> None:
@@ -767,8 +744,8 @@ class DeliveryMachine(RuleBasedStateMachine):
     def let_time_pass_while_the_loop_is_busy(self, seconds: float) -> None:
         self.clock.now += seconds
 
-    @rule()
     def expire(self) -> None:
+        """End what is due: that, all of that, and nothing else."""
         for outcome in self.table.expire():
             model = self.runs[outcome.run.run_id]
             assert model.due() <= self.clock.now, "a run ended before its time"
@@ -806,8 +783,8 @@ class DeliveryMachine(RuleBasedStateMachine):
 
 TestAnyInterleaving = DeliveryMachine.TestCase
 TestAnyInterleaving.settings = settings(
-    max_examples=150,
-    stateful_step_count=40,
+    max_examples=200,
+    stateful_step_count=50,
     deadline=None,
     database=None,
     phases=[Phase.generate, Phase.shrink],
