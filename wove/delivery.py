@@ -52,7 +52,7 @@ class DeliveryPolicy:
         merged: dict[str, Any] = dict(defaults)
         for layer in reversed(layers):
             for key, value in (layer or {}).items():
-                if key.startswith(_PREFIX):
+                if isinstance(key, str) and key.startswith(_PREFIX):
                     _check_setting(key, value)
                     merged[key.removeprefix(_PREFIX)] = value
         return cls(**merged)

@@ -279,9 +279,6 @@ class Dispatcher:
             ) from self._broken
 
     async def _submit(self, run: Run, frame: Frame) -> None:
-        waiter = self._waiters.get(run.run_id)
-        if waiter is not None:
-            waiter.handed_over = True
         try:
             await self.executor.send(frame)
         except asyncio.CancelledError as exc:
@@ -303,12 +300,6 @@ class Dispatcher:
         outcome = self.table.cancel(run.run_id)
         if outcome is not None:
             self._settle(outcome)
-            return
-        if not waiter.handed_over:
-            # The executor has never seen it: there is nobody to acknowledge anything.
-            if waiter.sending is not None:
-                waiter.sending.cancel()
-            self.table.fail(run.run_id, asyncio.CancelledError())
             return
         waiter.renew(self._loop)
         self._set_timer()
@@ -395,8 +386,8 @@ class Dispatcher:
         due = self.table.next_deadline()
         if due is None:
             return
-        if self._timer is not None and not self._timer.cancelled():
-            if self._loop.time() < self._timer.when() <= due:
+        if self._timer is not None:
+            if self._timer.when() <= due:
                 return
             self._timer.cancel()
         self._timer = self._loop.call_at(due, self._wake)

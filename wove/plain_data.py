@@ -99,8 +99,13 @@ def _scalar_tag(value: Any) -> str | None:
 
 
 def _plain_zone(zone: Any) -> bool:
-    # A named zone would come back as a bare offset.
-    return zone is None or (type(zone) is timezone and repr(zone) == repr(timezone(zone.utcoffset(None))))
+    if zone is None:
+        return True
+    if type(zone) is not timezone:
+        return False
+    # A named zone would come back as a bare offset, and one of microseconds as UTC.
+    offset = zone.utcoffset(None)
+    return not offset.microseconds and repr(zone) == repr(timezone(offset))
 
 
 def to_tagged(value: Any, *, for_json: bool = False) -> Any:

@@ -114,7 +114,11 @@ class SecretRing:
         for item in filter(None, (part.strip() for part in text.split(","))):
             kid, colon, value = item.partition(":")
             try:
-                entries.append(Secret((value if colon else item).encode(), kid if colon else None))
+                entries.append(
+                    Secret(
+                        (value if colon else item).encode("utf-8", "surrogateescape"), kid if colon else None
+                    )
+                )
             except ConfigurationError as exc:
                 raise ConfigurationError(f"{source}: {exc}") from None
         return cls(entries, source)

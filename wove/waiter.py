@@ -22,14 +22,12 @@ logger = logging.getLogger("wove.dispatch")
 class Waiter:
     """The caller's end of a run."""
 
-    __slots__ = ("future", "handed_over", "on_progress", "sending")
+    __slots__ = ("future", "on_progress", "sending")
 
     def __init__(self, future: asyncio.Future[Any], on_progress: OnProgress | None) -> None:
         self.future = future
         self.on_progress = on_progress
         self.sending: asyncio.Task[None] | None = None
-        #: Whether the executor was given the run.
-        self.handed_over = False
 
     def renew(self, loop: asyncio.AbstractEventLoop) -> None:
         """Wait anew: a cancelled future takes no outcome."""

@@ -934,7 +934,13 @@ class TestDeadlines:
     async def test_what_has_arrived_counts_however_late_it_is_read(
         self, handle: EnvironmentHandle, executor: Scripted, clock: LoopClock
     ) -> None:
-        executor.hooks["recv"] = lambda: asyncio.sleep(0)  # one event per turn of the loop
+        turns = iter([2, *[1] * 100])
+
+        async def a_turn_or_two() -> None:
+            for _ in range(next(turns)):
+                await asyncio.sleep(0)
+
+        executor.hooks["recv"] = a_turn_or_two
         call = begin(handle.options(delivery_timeout=60).run(task))
         (run,) = await executor.runs()
         for _ in range(20):
@@ -942,6 +948,26 @@ class TestDeadlines:
         executor.report(run, "task_result", result=1)
         clock.ahead += 61  # the loop was busy all the while
         assert await call == 1
+
+    async def test_a_flood_of_events_does_not_put_a_deadline_off(
+        self, handle: EnvironmentHandle, executor: Scripted, clock: LoopClock
+    ) -> None:
+        busy, late = begin(handle.run(task)), begin(handle.options(delivery_timeout=60).run(task))
+        runs = await executor.runs(2)
+
+        async def flood() -> None:
+            executor.report(runs[0], "heartbeat")
+            await asyncio.sleep(0)
+
+        executor.hooks["recv"] = flood
+        executor.report(runs[0], "heartbeat")
+        await clock.advance(61)
+        for _ in range(10 * dispatch.MAX_CATCH_UP):
+            await asyncio.sleep(0)
+        assert late.done()
+        executor.hooks["recv"] = None
+        executor.report(runs[0], "task_result", result=1)
+        assert await busy == 1
 
     async def test_many_deadlines_each_in_its_turn(
         self, handle: EnvironmentHandle, executor: Scripted, clock: LoopClock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import queue
 import threading
 import time
 import weakref
@@ -168,6 +169,28 @@ class TestThreads:
         assert pool.submit(abs, -1).result(PATIENCE) == 1
         until(lambda: not alive("idle-pool"))
         assert pool.submit(abs, -2).result(PATIENCE) == 2
+        pool.close()
+
+    def test_a_call_that_comes_just_as_an_idle_thread_gives_up_is_not_forgotten(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gives_up, submitted = threading.Event(), threading.Event()
+
+        class LateQueue(queue.SimpleQueue[Any]):
+            def get(self, block: bool = True, timeout: float | None = None) -> Any:
+                if self.empty() and not submitted.is_set():
+                    gives_up.set()
+                    assert submitted.wait(PATIENCE)
+                    raise queue.Empty
+                return super().get(block, timeout)
+
+        monkeypatch.setattr(queue, "SimpleQueue", LateQueue)
+        pool = DaemonPool(1, "late-pool")
+        assert pool.submit(abs, -1).result(PATIENCE) == 1
+        assert gives_up.wait(PATIENCE)
+        future = pool.submit(abs, -2)
+        submitted.set()
+        assert future.result(PATIENCE) == 2
         pool.close()
 
     def test_no_call_is_forgotten_while_threads_come_and_go(self, monkeypatch: pytest.MonkeyPatch) -> None:
