@@ -113,7 +113,7 @@ class BackendAdapter(ABC):
     async def cancel(self, run_id: str, submission: Any, frame: Frame) -> bool:
         """Keep a queued run from starting, and stop a running one where that is configured.
 
-        Idempotent; may be called for a run that has ended. Running tasks are told over
+        ``frame["started"]`` tells whether a worker has spoken of the run. Idempotent; may be called for a run that has ended. Running tasks are told over
         the callback server besides.
 
         Returns:

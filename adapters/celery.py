@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from wove.adapters.base import BackendAdapter
 from wove.backend import as_text, summarize_call
 from wove.errors import ConfigurationError, SubmitError
-from wove.security import scrub
+from wove.security import scrub, without_passwords
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +24,9 @@ EXPIRES_AFTER = 24 * 3600
 POOL_LIMIT = 8
 #: Seconds that an app made here waits for its broker before a submission fails.
 BROKER_TIMEOUT = 5.0
+
+
+_importing = threading.Lock()
 
 
 class CeleryAdapter(BackendAdapter):
@@ -43,10 +47,11 @@ class CeleryAdapter(BackendAdapter):
     async def start(self) -> None:
         """Find or make the app."""
         config = self.config
-        if (config.get("app") is None) == (config.get("broker_url") is None):
+        if bool(config.get("app")) == bool(config.get("broker_url")):
+            both = " and not both" if config.get("app") else ""
             raise ConfigurationError(
                 'the celery executor needs either executor_config["app"] (a Celery app or "proj.celery:app") '
-                'or executor_config["broker_url"], for example "redis://localhost:6379/0"'
+                f'or executor_config["broker_url"], for example "redis://localhost:6379/0"{both}'
             )
         self._task_name = config.get("task_name") or "wove.run"
         options = config.get("send_task_options") or {}
@@ -58,6 +63,11 @@ class CeleryAdapter(BackendAdapter):
         self._app = await self.blocking(self._find_app)
 
     def _find_app(self) -> Any:
+        # Celery's package loads its parts on first use, and not safely from several threads.
+        with _importing:
+            return self._find_app_alone()
+
+    def _find_app_alone(self) -> Any:
         app = self.config.get("app")
         if app is None:
             app = self._make_app()
@@ -70,6 +80,7 @@ class CeleryAdapter(BackendAdapter):
         # Once, here: finalizing an app from several threads at a time is not safe.
         app.finalize()
         _check_broker_url(app)
+        self._broker = str(self.config.get("broker_url") or app.connection_for_write().as_uri())
         # JSON text unless the fleet's own serializer carries bytes.
         self._binary = app.conf.task_serializer in ("msgpack", "pickle")
         if "serializer" in self._options:
@@ -100,7 +111,7 @@ class CeleryAdapter(BackendAdapter):
                     results.append(self._send(producer, payload, frame))
         except Exception as exc:
             # The broker is out: trying each of the others would take its retries again.
-            results.extend(_submit_error(exc) for _ in range(len(batch) - len(results)))
+            results.extend(self._submit_error(exc) for _ in range(len(batch) - len(results)))
         return results
 
     def _send(self, producer: Any, payload: bytes, frame: Frame) -> Any:
@@ -132,12 +143,24 @@ class CeleryAdapter(BackendAdapter):
         except OperationalError:
             raise
         except Exception as exc:
-            return _submit_error(exc)
+            return self._submit_error(exc)
         return run_id
+
+    def _submit_error(self, exc: Exception) -> SubmitError:
+        setting = "broker_url" if self.config.get("broker_url") else "app"
+        error = SubmitError(
+            f"environment {self.name!r}: the Celery broker {scrub(self._broker)} did not accept the run: "
+            f'{type(exc).__name__}: {scrub(str(exc))}; is it running? (executor_config["{setting}"])',
+            maybe_accepted=True,
+        )
+        error.__cause__ = without_passwords(exc)
+        return error
 
     async def cancel(self, run_id: str, submission: Any, frame: Frame) -> bool:
         """Revoke the task; ``terminate_on_cancel`` also ends its process (prefork pools)."""
         terminate = bool(self.config.get("terminate_on_cancel"))
+        if frame.get("started") and not terminate:
+            return False  # its worker has been told, and a revocation would only litter its log
         await self.blocking(lambda: self._app.control.revoke(run_id, terminate=terminate, signal="SIGTERM"))
         return False  # a broadcast: whom it reached is not known
 
@@ -182,8 +205,10 @@ def make_app(broker_url: str, *, name: str, backend: str | None = None) -> Any:
             return super().connection_for_read(url or broker_url, **options)
 
         def close(self) -> None:
-            self.amqp.producer_pool.force_close_all()
-            self.pool.force_close_all()
+            if "producer_pool" in vars(self.amqp):
+                self.amqp.producer_pool.force_close_all()
+            if "pool" in vars(self):
+                self.pool.force_close_all()
             super().close()
 
     app = WoveApp(name, broker=broker_url, backend=backend, set_as_current=False)
@@ -202,9 +227,12 @@ def make_app(broker_url: str, *, name: str, backend: str | None = None) -> Any:
 def _check_broker_url(app: Any) -> None:
     try:
         app.connection_for_write().get_transport_cls()
-    except (KeyError, ImportError, ValueError) as exc:
+    except (KeyError, ImportError, ValueError, AttributeError) as exc:
+        # Not the library's words: they may repeat the password.
         raise ConfigurationError(
-            f'executor_config["broker_url"] cannot be used: {type(exc).__name__}: {scrub(str(exc))}'
+            f'executor_config["broker_url"] is no broker URL that Celery can use ({type(exc).__name__}); one reads '
+            "redis://:password@host:6379/0 or amqp://user:password@host:5672//, with special characters of the "
+            "password percent-encoded"
         ) from None
 
 
@@ -222,12 +250,3 @@ def import_app(reference: str) -> Any:
             f'executor_config["app"]: cannot find the Celery app {reference!r} ({exc}); it is written '
             '"module:attribute", and the module has to be importable here'
         ) from exc
-
-
-def _submit_error(exc: Exception) -> SubmitError:
-    error = SubmitError(
-        f"the Celery broker did not accept the run: {type(exc).__name__}: {scrub(str(exc))}",
-        maybe_accepted=True,
-    )
-    error.__cause__ = exc
-    return error

@@ -64,8 +64,13 @@ class MemoryAdapter(BackendAdapter):
 
     async def close(self) -> None:
         """Let the threads end after what they are in."""
+        from wove.worker.connection import split_url
+        from wove.worker.courier import retire
+
         if self._workers is not None:
             self._workers.close()
+        # The fleet is in this very process: it need not wait for its next task.
+        retire(split_url(self.callback_url)[0])
 
     def _work(self, payload: bytes, run_id: str) -> None:
         from wove.worker.execution import run

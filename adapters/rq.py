@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from wove.adapters.base import BackendAdapter, BackendState
 from wove.backend import as_text, summarize_call
 from wove.errors import ConfigurationError, SubmitError
-from wove.security import scrub
+from wove.security import scrub, without_passwords
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,10 +48,12 @@ class RqAdapter(BackendAdapter):
     async def start(self) -> None:
         """Find or make the queue."""
         config = self.config
-        if (config.get("queue") is None) == (config.get("redis_url") is None):
+        has_queue = config.get("queue") is not None  # an empty rq.Queue is falsy
+        if has_queue == bool(config.get("redis_url")):
+            both = " and not both" if has_queue else ""
             raise ConfigurationError(
                 'the rq executor needs either executor_config["queue"] (an rq.Queue) or '
-                'executor_config["redis_url"], for example "redis://localhost:6379/0"'
+                f'executor_config["redis_url"], for example "redis://localhost:6379/0"{both}'
             )
         options = config.get("enqueue_options") or {}
         if not hasattr(options, "items"):
@@ -73,9 +75,11 @@ class RqAdapter(BackendAdapter):
                     socket_timeout=REDIS_TIMEOUT,
                     socket_connect_timeout=REDIS_TIMEOUT,
                 )
-            except (ValueError, AttributeError) as exc:
+            except (ValueError, AttributeError):
+                # Not the library's words: they may repeat the password.
                 raise ConfigurationError(
-                    f'executor_config["redis_url"] cannot be used: {scrub(str(exc))}'
+                    'executor_config["redis_url"] is no Redis URL; one reads redis://:password@host:6379/0, with '
+                    "special characters of the password percent-encoded"
                 ) from None
             queue = Queue(self.config.get("queue_name") or "default", connection=self._owned)
         elif self.config.get("queue_name") is not None:
@@ -102,14 +106,27 @@ class RqAdapter(BackendAdapter):
                 jobs.append(self._job(payload, frame))
                 results.append(frame["run_id"])
             except Exception as exc:  # enqueue_options that RQ does not take, for one
-                results.append(ConfigurationError(f"RQ refuses the job: {type(exc).__name__}: {exc}"))
+                results.append(ConfigurationError(f'RQ refuses executor_config["enqueue_options"]: {exc}'))
         try:
             with self._queue.connection.pipeline() as pipeline:
                 self._queue.enqueue_many(jobs, pipeline=pipeline)
                 pipeline.execute()
         except Exception as exc:
-            return [result if isinstance(result, Exception) else _submit_error(exc) for result in results]
+            return [
+                result if isinstance(result, Exception) else self._submit_error(exc) for result in results
+            ]
         return results
+
+    def _submit_error(self, exc: Exception) -> SubmitError:
+        setting = "redis_url" if self.config.get("redis_url") else "queue"
+        where = scrub(str(self.config.get("redis_url") or "of the queue"))
+        error = SubmitError(
+            f"environment {self.name!r}: the Redis {where} did not accept the run: {type(exc).__name__}: "
+            f'{scrub(str(exc))}; is it running? (executor_config["{setting}"])',
+            maybe_accepted=True,
+        )
+        error.__cause__ = without_passwords(exc)
+        return error
 
     def _job(self, payload: bytes, frame: Frame) -> Any:
         timeout = (frame.get("delivery") or {}).get("timeout")
@@ -191,14 +208,6 @@ class RqAdapter(BackendAdapter):
 
     #: The client made from ``redis_url``.
     _owned: Any = None
-
-
-def _submit_error(exc: Exception) -> SubmitError:
-    error = SubmitError(
-        f"Redis did not accept the run: {type(exc).__name__}: {scrub(str(exc))}", maybe_accepted=True
-    )
-    error.__cause__ = exc
-    return error
 
 
 _STATES = {

@@ -53,6 +53,11 @@ class Lease:
         if self._listener is not None:
             self._listener.cancel_run(run_id)
 
+    def has_started(self, run_id: str) -> bool:
+        """Tell whether a worker has spoken of the run."""
+        run = self._listener.runs.get(run_id) if self._listener is not None else None
+        return run is not None and run.started
+
     def open_runs(self) -> list[OpenRun]:
         """Return this user's runs that were not closed yet."""
         if self._listener is None or self._sink is None:

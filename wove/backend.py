@@ -72,6 +72,8 @@ def build_payload(
         "sent_at": time.time(),
         "heartbeat": delivery.get("heartbeat_seconds"),
         "timeout": delivery.get("timeout"),
+        "start_timeout": delivery.get("start_timeout"),
+        "keep": delivery.get("keep", False),
         "max_body": max_body,
     }
     call = {
@@ -101,7 +103,7 @@ def _encode_arguments(
             try:
                 encode_value(value, [])
             except EncodeError as exc:
-                raise EncodeError(f"{name}: {exc}") from exc.__cause__
+                raise EncodeError(f"{name}: {exc}") from None
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    # As `celery -A` does: the project is in the folder one stands in.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     from wove.doctor import examine
 
     executor = "rq" if arguments.redis_url else "celery"

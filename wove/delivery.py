@@ -25,6 +25,12 @@ from wove.remote_errors import error_from_frame
 #: Ids of closed runs that are remembered, to tell a late event from an unknown one.
 TOMBSTONES = 4096
 
+#: What keeps a worker from speaking of a run that its backend has accepted.
+WHY_SILENT = (
+    "no free worker on that queue, one with another WOVE_SECRET, or one that cannot reach the callback URL; "
+    "`wove doctor` tells which"
+)
+
 _PREFIX = "delivery_"
 
 
@@ -245,7 +251,10 @@ class RunTable:
     def _sign_of_life(self, run: Run, frame: Mapping[str, Any]) -> None:
         run.last_seen = max(run.last_seen or run.opened_at, self._arrival(frame))
         run.attempt = max(run.attempt, frame["attempt"])
-        if isinstance(frame.get("worker"), Mapping):
+        # The task's own process, not the parent that reports its end.
+        if isinstance(frame.get("worker"), Mapping) and (
+            not run.worker or frame["type"] not in frames.TERMINAL
+        ):
             run.worker = frame["worker"]
         if run.started_at is None:
             # An event of any type says that the work has begun, in whatever order they come.
@@ -352,7 +361,7 @@ class RunTable:
             return self._close(run.run_id, "error", exception=exception, cancel_work=True)
         if reason == "start":
             state = (
-                "accepted by the backend, never started: is a worker listening on that queue?"
+                f"accepted by the backend, never started: {WHY_SILENT}"
                 if run.submitted_at is not None
                 else "not accepted by the backend yet: is the broker up?"
             )
@@ -363,6 +372,8 @@ class RunTable:
             message = (
                 f"{text} had no outcome within delivery_timeout={run.policy.timeout:g} s (state: {run.state})"
             )
+            if run.state is RunState.SUBMITTED:
+                message += f": {WHY_SILENT}"
         return self._close(run.run_id, "timeout", exception=DeliveryTimeoutError(message), cancel_work=True)
 
     def _close(

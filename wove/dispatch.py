@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from wove import frames
-from wove.delivery import DeliveryPolicy, Outcome, RunTable
+from wove.delivery import WHY_SILENT, DeliveryPolicy, Outcome, RunState, RunTable
 from wove.errors import (
     ConfigurationError,
     DeliveryOrphanedError,
@@ -36,6 +36,8 @@ logger = logging.getLogger("wove.dispatch")
 #: How long, in seconds, starting and stopping an executor may take.
 START_SECONDS = 30.0
 STOP_SECONDS = 4.0
+#: Seconds after the first submission without any answer in which a warning says what to look at.
+SILENCE_SECONDS = 30.0
 #: Longest name of a task, in characters.
 MAX_TASK_ID = 1_000
 #: The receiver lets other tasks run after so many events without a pause.
@@ -79,6 +81,7 @@ class Dispatcher:
         self._stopping = False
         self._stop_task: asyncio.Task[None] | None = None
         self._taken = 0
+        self._silence: asyncio.TimerHandle | None = None
 
     @property
     def policy(self) -> DeliveryPolicy:
@@ -146,8 +149,9 @@ class Dispatcher:
             # Also those of callers that were cancelled a moment ago, by Ctrl-C for one.
             if self._cancels:
                 await asyncio.wait(self._cancels, timeout=STOP_SECONDS / 2)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._silence):
+            if timer is not None:
+                timer.cancel()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
@@ -240,6 +244,10 @@ class Dispatcher:
         on_progress: OnProgress | None,
     ) -> Any:
         self._check_usable()
+        if asyncio.get_running_loop() is not self._loop:
+            raise WoveError(
+                f"environment {self.name!r} was started in another event loop: start the runtime in the loop that uses it"
+            )
         run = self.table.open(secrets.token_hex(16), task_id or callable_name(func), policy)
         frame: Frame = {
             "type": frames.RUN_TASK,
@@ -291,6 +299,17 @@ class Dispatcher:
             self._settle(self.table.fail(run.run_id, exc))
         else:
             self.table.submitted(run.run_id)
+            if self._silence is None:
+                self._silence = self._loop.call_later(SILENCE_SECONDS, self._warn_of_silence)
+
+    def _warn_of_silence(self) -> None:
+        """Say once, where nothing has ever come back, what that may mean."""
+        waiting = [run for run in self.table.open_runs() if run.state is RunState.SUBMITTED]
+        if waiting and not self._taken:
+            logger.warning(
+                "environment %r: no worker has spoken of any run yet, %d wait, the first for %.0f s: %s",
+                self.name, len(waiting), self._loop.time() - waiting[0].opened_at, WHY_SILENT,
+            )  # fmt: skip
 
     async def _abandon(self, run: Run) -> None:
         """The caller was cancelled: cancel the work, as the policy says."""
@@ -428,6 +447,9 @@ def _delivery(policy: DeliveryPolicy, attempt: int) -> dict[str, Any]:
     return {
         "attempt": attempt,
         "timeout": policy.timeout,
+        "start_timeout": policy.start_timeout,
+        # Work that is to run on when its submitter has gone.
+        "keep": policy.orphan_policy == "detach",
         "heartbeat_seconds": policy.heartbeat_seconds,
         "cancel_mode": policy.cancel_mode,
     }

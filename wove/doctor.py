@@ -12,7 +12,7 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from wove.errors import WorkerLostError, WoveError
+from wove.errors import ConfigurationError, PayloadRejectedError, WorkerLostError, WoveError
 from wove.runtime import ExecutorRuntime
 from wove.security import cookie_path, find_secrets, is_cookie, scrub
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Seconds that workers get to answer Celery's remote control.
 INSPECT_SECONDS = 2.0
+
+_ONE_FOR_BOTH = "give the submitter and its workers the same WOVE_SECRET"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ def _workers(executor: str, config: Mapping[str, Any]) -> Iterator[Finding]:
     look = _celery_workers if executor == "celery" else _rq_workers
     try:
         yield from look(config)
+    except ConfigurationError as exc:
+        yield Finding("problem", str(exc), "run it in the project's folder, or set PYTHONPATH to it")
     except Exception as exc:
         where = scrub(str(config.get("broker_url") or config.get("redis_url") or config.get("app")))
         yield Finding(
@@ -92,7 +96,7 @@ def _celery_workers(config: Mapping[str, Any]) -> Iterator[Finding]:
     app = _celery_app(config)
     with app.connection_for_write() as connection:
         connection.ensure_connection(max_retries=1, timeout=5)
-        yield Finding("ok", f"broker: {scrub(connection.as_uri())} answers")
+        yield Finding("ok", f"broker: {_shown(config, connection)} answers")
     inspect = app.control.inspect(timeout=INSPECT_SECONDS)
     registered = inspect.registered() or {}
     if not registered:
@@ -103,7 +107,6 @@ def _celery_workers(config: Mapping[str, Any]) -> Iterator[Finding]:
         )
         return
     queues = inspect.active_queues() or {}
-    status = inspect._request("wove_status") or {}
     wanted = config.get("queue") or app.conf.task_default_queue
     task = config.get("task_name") or "wove.run"
     usable = []
@@ -121,6 +124,8 @@ def _celery_workers(config: Mapping[str, Any]) -> Iterator[Finding]:
             f"start one: celery -A proj worker -I wove.worker.celery -Q {wanted}",
         )
         return
+    # Only those that know the question: others would log an error.
+    status = app.control.inspect(destination=usable, timeout=INSPECT_SECONDS)._request("wove_status") or {}
     for worker in usable:
         yield _same_secret(worker, status.get(worker), config)
 
@@ -132,6 +137,10 @@ def _celery_app(config: Mapping[str, Any]) -> Any:
     if app is None:
         return make_app(config["broker_url"], name="wove-doctor")
     return import_app(app) if isinstance(app, str) else app
+
+
+def _shown(config: Mapping[str, Any], connection: Any) -> str:
+    return scrub(str(config.get("broker_url") or connection.as_uri()))
 
 
 def _unusable(worker: str, task: str, knows: bool, wanted: str, listens: list[str]) -> Finding:
@@ -154,7 +163,7 @@ def _same_secret(worker: str, status: Any, config: Mapping[str, Any]) -> Finding
     return Finding(
         "problem",
         f"worker {worker} has another secret (key ids {', '.join(kids)}, from {status.get('source')})",
-        "give the submitter and its workers the same WOVE_SECRET",
+        _ONE_FOR_BOTH,
     )
 
 
@@ -184,7 +193,7 @@ def _rq_workers(config: Mapping[str, Any]) -> Iterator[Finding]:
         idle = sum(worker.get_state() == "idle" for worker in listening)
         waiting = len(queue)
         yield Finding(
-            "ok", f"{len(listening)} workers on the queue {name!r}, {idle} idle; {waiting} jobs wait"
+            "ok", f"{len(listening)} worker(s) on the queue {name!r}, {idle} idle; {waiting} jobs wait"
         )
 
 
@@ -202,7 +211,8 @@ def _trial(executor: str, config: Mapping[str, Any], timeout: float) -> Iterator
             "callback_url); or the worker's log says 'payload rejected'",
         )
     except WorkerLostError as exc:
-        yield Finding("problem", f"a trial call was lost: {exc}", "the worker's log says why")
+        mend = _ONE_FOR_BOTH if PayloadRejectedError.__name__ in str(exc) else "the worker's log says why"
+        yield Finding("problem", f"a trial call was lost: {exc}", mend)
     except Exception as exc:
         yield Finding("problem", f"a trial call failed: {type(exc).__name__}: {scrub(str(exc))}")
     else:
@@ -210,6 +220,8 @@ def _trial(executor: str, config: Mapping[str, Any], timeout: float) -> Iterator
 
 
 async def _call(executor: str, config: Mapping[str, Any], seconds: float) -> str:
+    if executor == "rq":
+        config = {**config, "enqueue_options": {"failure_ttl": 1}}  # no trace of the trial stays
     definition = {"executor": executor, "executor_config": config, "delivery_timeout": seconds}
     async with ExecutorRuntime({"doctor": definition}) as runtime:
         return await runtime["doctor"].run(platform.node)

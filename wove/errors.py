@@ -71,7 +71,8 @@ class EnvironmentExecutionError(WoveError):
         self.payload: dict[str, Any] = dict(payload)
         kind = self.payload.get("kind") or "Error"
         message = self.payload.get("message") or ""
-        super().__init__(f"{kind}: {message}" if message else str(kind))
+        own = message and kind == type(self).__name__  # it would stand there twice
+        super().__init__(message if own else f"{kind}: {message}" if message else str(kind))
 
     @property
     def kind(self) -> str:

@@ -319,6 +319,19 @@ def scrub(text: str) -> str:
     return "://".join(pieces)
 
 
+def without_passwords(exc: BaseException) -> BaseException | None:
+    """Return ``exc`` as a cause that may be shown, or None where it or its own causes name a URL's user."""
+    seen: BaseException | None = exc
+    for _ in range(8):
+        if seen is None:
+            break
+        text = str(seen)
+        if scrub(text) != text:
+            return None
+        seen = seen.__cause__ or seen.__context__
+    return exc
+
+
 def check_listener(host: str, ring: SecretRing) -> None:
     """Refuse a listener that other hosts reach without a secret that they share.
 

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from contextlib import asynccontextmanager, closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import kombu.pools
 import pytest
@@ -516,6 +516,8 @@ class TestSettings:
                 ({"app": 7}, '"app"'),
                 ({"broker_url": url, "send_task_options": ["x"]}, "send_task_options"),
                 ({"broker_url": "nosuchbroker://:hunter2@127.0.0.1:1/0"}, "broker_url"),
+                # As it comes out of a password generator: the part after the # is no port.
+                ({"broker_url": "redis://:hunter2#x@127.0.0.1:1/0"}, "broker_url"),
             ],
             "rq": [
                 ({}, "redis_url"),
@@ -523,6 +525,7 @@ class TestSettings:
                 ({"queue": 7}, "rq.Queue"),
                 ({"redis_url": url, "enqueue_options": ["x"]}, "enqueue_options"),
                 ({"redis_url": "nosuchbroker://:hunter2@127.0.0.1:1/0"}, "redis_url"),
+                ({"redis_url": "redis://:hunter2#x@127.0.0.1:1/0"}, "redis_url"),
             ],
         }[name]
         for config, says in refused:
@@ -536,7 +539,7 @@ class TestSettings:
         finally:
             await runtime.stop()
         assert says in str(caught.value), config
-        assert "hunter2" not in str(caught.value)
+        assert "hunter2" not in "".join(traceback.format_exception(caught.value))
         assert "while starting environment 'tests'" in caught.value.__notes__
         assert no_listener()
 
@@ -544,9 +547,11 @@ class TestSettings:
         self, name: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         # The error was raised already; a second one in the log would be looked into instead.
-        config = {"memory": {"threads": 0}}.get(name, {})
-        with pytest.raises(ConfigurationError):
-            await ExecutorRuntime({"tests": {"executor": name, "executor_config": config}}).start()
+        url = "nosuchbroker://:hunter2@127.0.0.1:1/0"
+        wrong = {"memory": {"threads": 0}, "celery": {"broker_url": url}, "rq": {"redis_url": url}}[name]
+        for config in ({"callback_host": ""}, wrong, *([{}] if name != "memory" else [])):
+            with pytest.raises(ConfigurationError):
+                await ExecutorRuntime({"tests": {"executor": name, "executor_config": config}}).start()
         assert [record.getMessage() for record in caplog.records] == []
 
 
@@ -635,6 +640,27 @@ class TestBrokerDown:
                 assert max(gaps) < 0.3
                 self.check(caught.value)
                 assert caught.value.maybe_accepted is True
+
+    async def test_an_error_that_names_the_url(
+        self, name: str, key: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        url = self.config(key, scheme, free_port())[key]
+
+        def fail(*_: Any, **__: Any) -> NoReturn:
+            raise ConnectionError(f"cannot reach {url}, sorry")
+
+        if name == "celery":
+            config: dict[str, Any] = {"app": Celery("mine", broker=url, set_as_current=False)}
+            monkeypatch.setattr(config["app"], "send_task", fail)
+        else:
+            config = {"queue": Queue("mine", connection=Redis.from_url(url))}
+            monkeypatch.setattr(config["queue"].connection, "pipeline", fail)
+        async with started(name, config) as adapter:
+            with pytest.raises(SubmitError) as caught:
+                await adapter.submit(b"payload", unsubmitted())
+        self.check(caught.value)
+        assert "cannot reach" in str(caught.value)
+        assert "@127.0.0.1" in str(caught.value), "what is no secret is shown"
 
     async def test_by_the_executor(self, name: str, key: str, scheme: str) -> None:
         # The same, as a caller sees it: within the deadline, and nothing stays open.

@@ -621,10 +621,13 @@ class TestFence:
             never.set()
         assert CALLS == [21]
 
-    def test_a_run_whose_deadline_is_long_over(self, server: FakeCallbackServer) -> None:
-        # It lay in the queue; nobody needs to be asked. The clocks of two hosts may differ by minutes.
-        payload = Payload(server.url, double, 21, timeout=60)
-        for age, skipped in ((600, False), (7_200, True)):
+    def test_a_run_whose_deadline_is_over_and_whose_caller_has_gone(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # It lay in the queue, and nobody answers: the caller has given up long ago.
+        monkeypatch.setenv("WOVE_RESULT_RETRY_SECONDS", "0")
+        payload = Payload(f"http://127.0.0.1:{free_port()}", double, 21, timeout=60)
+        for age, skipped in ((30, False), (600, True)):
             old = rebuilt(payload, lambda envelope, age=age: {**envelope, "sent_at": time.time() - age})
             CALLS.clear()
             completed: object = execution.run(old)  # type: ignore[func-returns-value]

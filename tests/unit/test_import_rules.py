@@ -22,7 +22,7 @@ LAYERS = (
     {"backend"},
     # These four are siblings, which know nothing of each other.
     {"adapters", "callback_server", "executors", "worker"},
-    {"cli", "demo", "dispatch", "doctor", "environment", "handle", "runtime", "waiter"},
+    {"__main__", "cli", "demo", "dispatch", "doctor", "environment", "handle", "runtime", "waiter"},
 )
 SIBLINGS = LAYERS[3]
 

@@ -108,6 +108,8 @@ def _serve(redis_url: str | None, only: str | None) -> int:
     with fleets.running(_names(only), redis_url, port) as running:
         screen.title("Wove demo: real fleets, at your service until Ctrl-C")
         screen.fleets(running.url, running.fleets)
+        if redis_url is None and port != SERVE_PORT:
+            screen.title(f"Port {SERVE_PORT} is taken: programs written for it need {port} instead")
         screen.title("A program for them, to run in another terminal:")
         screen.program(_program(running.fleets))
         try:

@@ -329,6 +329,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             return
         # First the worker: over its open beat it hears of it at once.
         lease.cancel_run(run_id)
+        frame = {**frame, "started": lease.has_started(run_id)}
         submission = self._open.pop(run_id, None)
         never_starts = await lane.call(
             lambda: adapter.cancel(run_id, submission, frame), CONTROL_SECONDS, "cancel"

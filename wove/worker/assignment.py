@@ -54,6 +54,8 @@ class Assignment:
             self.heartbeat = _seconds(envelope.get("heartbeat"))
             self.max_body: int | None = envelope.get("max_body")
             self.timeout = _seconds(envelope.get("timeout"))
+            self.start_timeout = _seconds(envelope.get("start_timeout"))
+            self.keep = envelope.get("keep") is True
             nonce = _checked(envelope["nonce"], bytes)
             self.origin, self.path = split_url(self.callback)
         except (KeyError, ValueError) as exc:
@@ -120,17 +122,19 @@ class Assignment:
                 time.sleep(pause)
         return request(self.origin, "GET", path, headers, timeout=30.0, max_reply=size)
 
-    def overdue(self, clock_offset: float | None) -> bool:
-        """Tell whether nobody can be waiting for the run any more.
+    def overdue(self, clock_offset: float, tolerance: float) -> bool:
+        """Tell whether nobody can be waiting for the run to start any more.
 
         Args:
-            clock_offset: the submitter's wall clock minus ours, in seconds; None when not
-                known, which allows for clocks that differ by an hour.
+            clock_offset: the submitter's wall clock minus ours, in seconds.
+            tolerance: how wrong that may be, in seconds.
         """
-        if self.timeout is None:
+        if self.keep:
             return False
-        tolerance = 2.0 if clock_offset is not None else 3600.0
-        return time.time() + (clock_offset or 0.0) - self.sent_at > self.timeout + tolerance
+        age = time.time() + clock_offset - self.sent_at
+        return any(
+            limit is not None and age > limit + tolerance for limit in (self.timeout, self.start_timeout)
+        )
 
 
 def _seconds(value: Any) -> float | None:

@@ -6,6 +6,8 @@ Start the workers you have with ``celery -A proj worker -I wove.worker.celery``,
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 from billiard import current_process
@@ -51,9 +53,7 @@ def _on_failure(sender: Any = None, exception: Any = None, args: Any = None, **_
     if getattr(sender, "name", None) != TASK_NAME or not args:
         return
     if isinstance(exception, (WorkerLostError, TimeLimitExceeded)):
-        report_loss(
-            args[0], "celery", f"the worker process was lost: {type(exception).__name__}: {exception}"
-        )
+        report_loss(args[0], "celery", f"the worker process was lost: {exception}")
 
 
 @signals.task_revoked.connect(weak=False)
@@ -65,6 +65,15 @@ def _on_revoked(sender: Any = None, request: Any = None, expired: Any = None, **
         report_loss(args[0], "celery", "the task expired in the queue before a worker took it")
     else:
         report_cancel(args[0], "celery")
+
+
+@signals.worker_init.connect(weak=False)
+def _import_from_project_folder(**_: Any) -> None:
+    # `celery -A proj` looks for the project in the folder it was started in, and nowhere else
+    # afterwards; functions that go by name are looked for there as well, last of all.
+    folder = os.getcwd()
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.append(folder)
 
 
 @signals.worker_ready.connect(weak=False)

@@ -55,6 +55,7 @@ class Courier:
         #: When the thread looks up by itself; infinity while it is looking.
         self._wake_at = 0.0
         self._news_at: float | None = None
+        self._patience = IDLE_SECONDS
 
     def add(self, session: Session) -> None:
         """Take care of a session from now on."""
@@ -77,6 +78,13 @@ class Courier:
             yield
         finally:
             self.remove(session)
+
+    def retire_soon(self) -> None:
+        """End the thread as soon as no task runs: nobody will come for this origin any more."""
+        with self._lock:
+            self._patience = 0.0
+            if self._thread is not None:
+                self._wake()
 
     def remove(self, session: Session) -> None:
         """Take care of a session no longer."""
@@ -111,7 +119,7 @@ class Courier:
                 now = time.monotonic()
                 if self._sessions or beats.held:
                     idle_since = now
-                elif now - idle_since >= IDLE_SECONDS and self._retire():
+                elif now - idle_since >= self._patience and self._retire():
                     beats.close()
                     return
                 self._sleep(selector, beats, max(0.0, due - now))
@@ -296,6 +304,14 @@ def courier_for(origin: str) -> Courier:
         if courier is None:
             courier = _couriers[origin] = Courier(origin)
         return courier
+
+
+def retire(origin: str) -> None:
+    """End this process's courier to an origin whose callback server goes away."""
+    with _couriers_lock:
+        courier = _couriers.get(origin)
+    if courier is not None:
+        courier.retire_soon()
 
 
 def _forget() -> None:

@@ -153,7 +153,8 @@ def _load(session: Session) -> _Call | None:
         worker = session.worker
         exc.add_note(
             f"the worker on {worker['host']} (pid {worker['pid']}) could not load {session.assignment.task_id} "
-            "or its arguments: install the code there that the submitter has, or send the function by value"
+            "or its arguments: install the code there that the submitter has (or set PYTHONPATH), or send it by value "
+            "with cloudpickle.register_pickle_by_value(module)"
         )
         session.fail(exc, source="worker")
         raise

@@ -35,7 +35,8 @@ def _in_background(payload: bytes | str, backend: str, tell: Callable[[Session],
     # The parent's own loop must not wait for HTTP.
     def report() -> None:
         try:
-            tell(Session(Assignment(payload), {"backend": backend}))
+            assignment = Assignment(payload)
+            tell(Session(assignment, {"backend": backend, "job": assignment.run_id}))
         except WoveError as exc:
             logger.warning("the end of a task could not be reported: %s", exc)
         except Exception:

@@ -29,6 +29,9 @@ logger = logging.getLogger("wove.worker")
 
 #: A payload younger than this, in seconds, starts without asking: hardly anybody had time to cancel it.
 FRESH = 0.01
+#: Seconds by which a deadline must be over, where the submitter's clock is known and where not.
+OVERDUE_KNOWN = 2.0
+OVERDUE_UNKNOWN = 10.0
 #: Seconds that asking for leave to start may take; without an answer the task is run.
 ASK_TIMEOUT = 5.0
 #: Seconds that any outcome is offered, also one that hardly anybody waits for.
@@ -98,19 +101,25 @@ class Session:
         A run that waited long enough to be cancelled, or that the broker delivers again,
         is asked for; one that was submitted this moment is not, to save the round trip.
         Without an answer the task is run: a callback server that is out for a moment
-        must not lose work. One whose ``delivery_timeout`` is long over is not.
+        must not lose work. But not when the caller's deadline is over, too: then it has
+        given up, and gone.
         """
         offset = clock_offsets.get(self.assignment.origin)
         if not redelivered and offset is not None:
             age = time.time() + offset - self.assignment.sent_at
             if abs(age) < FRESH:
                 return True
-        if self.assignment.overdue(offset):
+        if offset is not None and self.assignment.overdue(offset, OVERDUE_KNOWN):
             return False
         frame = self._frame(frames.TASK_STARTED, fence=True)
         try:
             reply = self._post([frame], [], final=False, timeout=ASK_TIMEOUT)
         except Exception as exc:
+            if self.assignment.overdue(offset or 0.0, OVERDUE_UNKNOWN):
+                logger.info(
+                    "run %s is not started: its deadline is over, its caller gone", self.assignment.run_id
+                )
+                return False
             logger.info("run %s starts unasked: %s: %s", self.assignment.run_id, type(exc).__name__, exc)
             return True
         self._started = reply.status < 300

@@ -1,0 +1,7 @@
+"""``python -m wove`` is the command ``wove``."""
+
+import sys
+
+from wove.cli import main
+
+sys.exit(main())
