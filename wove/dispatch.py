@@ -324,8 +324,7 @@ class Dispatcher:
         self._set_timer()
         self._stop_work(run, waiter)
         # A second cancellation of the caller ends the wait; the work stays cancelled.
-        answer = await asyncio.wait({waiter.future})
-        del answer
+        await asyncio.wait({waiter.future})
 
     def _stop_work(self, run: Run, waiter: Waiter | None) -> None:
         if waiter is not None and waiter.sending is not None and not waiter.sending.done():
