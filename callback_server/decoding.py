@@ -97,8 +97,5 @@ def _decode_json(body: bytearray) -> list[Frame]:
     for frame in batch:
         frame.pop("exception", None)  # objects need a pickle, which JSON peers do not send
         if "result" in frame:
-            try:
-                frame["result"] = from_tagged(frame["result"])
-            except RecursionError:
-                raise ProtocolError("the result is nested too deeply") from None
+            frame["result"] = from_tagged(frame["result"])
     return batch

@@ -102,7 +102,8 @@ class CallbackListener:
             return
         self._thread = None
         if loop is not None and stop is not None and thread.is_alive():
-            loop.call_soon_threadsafe(stop.set)
+            with suppress(RuntimeError):  # it has ended this moment
+                loop.call_soon_threadsafe(stop.set)
         thread.join(STOP_SECONDS)
         if thread.is_alive():
             logger.warning("the callback listener on %s:%s did not stop in time", self.host, self.port)

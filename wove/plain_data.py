@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 TAG = "__wove__"
 #: Limits of plain data: what is larger or deeper travels as a pickle.
 MAX_DEPTH = 64
+#: Deepest nesting that is taken from a peer which writes JSON.
+MAX_NESTING = 2 * MAX_DEPTH + 64
 MAX_SEQUENCE = 1_000_000
 MAX_MAPPING = 100_000
 
@@ -160,10 +162,16 @@ def from_tagged(value: Any) -> Any:
     Raises:
         ProtocolError: an unknown tag, or a tag with a value that does not fit it.
     """
+    return _from_tagged(value, 0)
+
+
+def _from_tagged(value: Any, depth: int) -> Any:
+    if depth > MAX_NESTING:
+        raise ProtocolError(f"nested more than {MAX_NESTING} deep")
     if type(value) is list:
-        return [from_tagged(item) for item in value]
+        return [_from_tagged(item, depth + 1) for item in value]
     if type(value) is dict:
-        return untag({key: from_tagged(item) for key, item in value.items()})
+        return untag({key: _from_tagged(item, depth + 1) for key, item in value.items()})
     return value
 
 
