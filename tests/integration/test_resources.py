@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 CONFTEST = """
 import sys
+import time
 sys.path.insert(0, {support!r})
 from wove_tests import rabbitmq, resources
 
@@ -101,6 +103,11 @@ def test_a_process_left_behind_is_found_and_ended(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(leftovers, "_GRACE_SECONDS", 0.2)
     # Its parent and its session are gone by the time anybody looks.
     subprocess.run(["/bin/sh", "-c", "setsid sleep 60 >/dev/null 2>&1 &"], check=True)
+    # Between fork and exec a process has no environment to be told by.
+    deadline = time.monotonic() + 10
+    while list(leftovers._marked().values()) != ["sleep 60"]:
+        assert time.monotonic() < deadline, "it has started"
+        time.sleep(0.01)
     left = leftovers.wait_until_none_left()
     assert [line.partition(": ")[2] for line in left] == ["sleep 60"]
     assert leftovers.wait_until_none_left() == []
