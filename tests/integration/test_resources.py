@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 CONFTEST = """
 import sys
-import time
 sys.path.insert(0, {support!r})
 from wove_tests import rabbitmq, resources
 
