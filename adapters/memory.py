@@ -6,11 +6,12 @@ come back through the callback server. Use it to test code that awaits work on a
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
 from wove.adapters.base import BackendAdapter, BackendState
-from wove.errors import ConfigurationError
+from wove.errors import ConfigurationError, safe_text
 from wove.threads import DaemonPool
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from wove.frames import Frame
+
+logger = logging.getLogger("wove.adapters")
 
 
 class MemoryAdapter(BackendAdapter):
@@ -77,8 +80,11 @@ class MemoryAdapter(BackendAdapter):
 
         try:
             run(payload, backend={"backend": "memory", "job": run_id})
-        except BaseException:  # noqa: S110 - it was reported; a real backend would log it
-            pass
+        except BaseException as exc:
+            # It was reported to the submitter; as any backend, this one logs it besides.
+            logger.info(
+                "the task of run %s ended with %s: %s", run_id, type(exc).__name__, safe_text(exc, 400)
+            )
         finally:
             with self._lock:
                 self._jobs.pop(run_id, None)

@@ -44,6 +44,7 @@ from wove_tests.callbacks import (
     signed,
     wait_until,
 )
+from wove_tests.recorder import DECODERS, record_calls
 
 from wove import frames
 from wove.callback_server import guard, hub, routes
@@ -108,21 +109,7 @@ def background() -> Iterator[ThreadPoolExecutor]:
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The decoders that were called, whoever called them."""
-    calls: list[str] = []
-
-    def watch(module: Any, name: str) -> None:
-        real = getattr(module, name)
-
-        def recording(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, recording)
-
-    watch(msgpack, "unpackb")
-    watch(pickle, "loads")
-    watch(json, "loads")
-    return calls
+    return record_calls(monkeypatch, *DECODERS)
 
 
 # --- speaking to it ----------------------------------------------------------

@@ -18,11 +18,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import msgpack
 import pytest
 from wove_tests import tasks
 from wove_tests.callbacks import Payload, child_environment, wait_until
 from wove_tests.fake_callback_server import RESET, Answer, FakeCallbackServer
+from wove_tests.recorder import DECODERS, record_calls
 from wove_tests.waiting import until
 
 from wove import EncodeError, current
@@ -653,22 +653,7 @@ class TestFence:
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was decoded or imported, whoever did it."""
-    calls: list[str] = []
-
-    def watch(module: Any, name: str) -> None:
-        real = getattr(module, name)
-
-        def recording(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, recording)
-
-    watch(msgpack, "unpackb")
-    watch(pickle, "loads")
-    watch(json, "loads")
-    watch(importlib, "import_module")
-    return calls
+    return record_calls(monkeypatch, *DECODERS, (importlib, "import_module"))
 
 
 OTHER_SECRET = "another-secret-that-nobody-here-has"
