@@ -140,8 +140,11 @@ class Routes:
             # Who does not name its execution, or closes its connection, is not known by it.
             known = name and request.keep_alive
             self._contacts.heard(request.protocol if known else None, run, execution)
-            execution.over = execution.over or last["type"] == frames.TASK_RETRY
         run.worker = last.get("worker", run.worker)
+        if last["type"] == frames.TASK_RETRY and execution is not None:
+            # The next execution may be long in coming, and anywhere.
+            execution.over = True
+            run.worker = {}
         run.sink(batch)
         if run.cancelled or last["attempt"] < run.attempt:
             return _reply(200, {"Wove-Cancel": reply_tag(key, tag, b"cancel").hex()})

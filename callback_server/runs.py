@@ -151,11 +151,11 @@ class OpenRun:
         self.message = message
         self.job = f"{self.run_id}-{attempt}"
         self.opened_at = time.monotonic()
-        self.worker = {}
         self.forsake()
 
     def forsake(self) -> None:
-        """Expect nothing more of the executions there are."""
+        """Expect nothing more of the executions there are, nor of the worker that had them."""
+        self.worker = {}
         for execution in list(self.executions.values()):
             execution.over = True
 

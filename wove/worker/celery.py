@@ -48,9 +48,9 @@ class CeleryHooks(BackendHooks):
         """``Retry``, ``Reject(requeue=True)``, and what ``autoretry_for`` names, while retries are left."""
         if isinstance(ending, Retry):
             return True
-        if isinstance(ending, Reject):
-            return bool(ending.requeue)
         task = self._task
+        if isinstance(ending, Reject):
+            return bool(ending.requeue and task.acks_late)  # else it was acknowledged, and is gone
         wanted = tuple(getattr(task, "autoretry_for", ()))
         # Celery wraps a task that retries by itself, and keeps what it was.
         if not hasattr(task, "_orig_run") or not isinstance(ending, wanted):

@@ -20,8 +20,11 @@ logger = logging.getLogger("wove.worker")
 LEAST_RETRY = 2.0
 #: Seconds that an outcome is offered which the backend keeps anyway when nobody takes it.
 KEPT_RETRY = 1.0
-#: Seconds between offers: up to these, at random, so that a fleet does not come back all at once.
-_DELAYS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+#: Seconds between offers, at random up to a part of how long the server has been away, so that a
+#: fleet does not come back all at once, nor long after the server has.
+FIRST_DELAY = 0.1
+LONGEST_DELAY = 30.0
+DELAY_SHARE = 0.5
 #: Refusals after which there is no hope: wrong signatures do not become right ones.
 _MAX_REFUSALS = 3
 
@@ -74,7 +77,8 @@ def offer(post: Callable[[], Reply], assignment: Assignment, seconds: float) -> 
     Returns:
         Its answer: taken (2xx), not wanted (410), or too large (413); None when it gave none in time.
     """
-    give_up = time.monotonic() + seconds
+    begun = time.monotonic()
+    give_up = begun + seconds
     refusals = attempt = 0
     while True:
         wait_for: float | None = None
@@ -92,7 +96,8 @@ def offer(post: Callable[[], Reply], assignment: Assignment, seconds: float) -> 
             # A body that was cut on its way is 400 too, so these are tried again as well.
             refusals += reply.status in (400, 401, 404)
             wait_for = retry_after(reply)
-        delay = wait_for or random.uniform(0, _DELAYS[min(attempt, len(_DELAYS) - 1)])  # noqa: S311
+        ceiling = max(FIRST_DELAY, (time.monotonic() - begun) * DELAY_SHARE)
+        delay = wait_for or random.uniform(0, min(LONGEST_DELAY, ceiling))  # noqa: S311
         # The last offer is made when the time is up, not before.
         left = give_up - time.monotonic()
         if refusals >= _MAX_REFUSALS or left <= 0:
