@@ -119,7 +119,7 @@ class Ledger:
             taken = call.ended - call.begun
             self.seconds["all"].append(taken)
             self.seconds[f"{call.environment} {call.kind}"].append(taken)
-        overshoot = call.ended - call.due
+        overshoot = call.ended - call.begun - call.deadline
         if overshoot > self.max_overshoot:
             self.max_overshoot, self.late = overshoot, call
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 QUIET = (0.7, 2.0)
 #: Seconds to wait for a work horse to kill.
 HORSE_SECONDS = 3.0
+#: Characters of its log that are kept of a worker which ended by itself.
+LAST_WORDS = 3_000
 
 
 class Fault(NamedTuple):
@@ -48,8 +50,8 @@ class Nemesis:
         self.faults: list[Fault] = []
         #: Every process that was killed here.
         self.killed: set[int] = set()
-        #: Environments whose worker ended without having been killed here.
-        self.died: list[str] = []
+        #: Environments whose worker ended without having been killed here, with the end of its log.
+        self.died: list[tuple[str, str]] = []
         #: What went wrong with the nemesis itself.
         self.problem: str | None = None
 
@@ -87,7 +89,7 @@ class Nemesis:
         for slot in dead:
             # A work horse may have outlived its worker; it goes with the rest.
             self.killed.update(slot.worker.members())
-            self.died.append(slot.environment)
+            self.died.append((slot.environment, slot.worker.log_text()[-LAST_WORDS:]))
         self._fleet.replace(dead)
 
     def _deck(self) -> dict[str, Callable[[], bool]]:

@@ -95,7 +95,7 @@ class Report:
             "tasks_left": self.tasks_left,
             "features": self.features,
             "faults": dict(Counter(fault.name for fault in self.nemesis.faults)),
-            "died_by_themselves": dict(Counter(self.nemesis.died)),
+            "died_by_themselves": [f"{name}: {log}" for name, log in self.nemesis.died],
             "complaints": dict(self.complaints),
         }
 
@@ -109,7 +109,7 @@ class Report:
         yield f"  {'outcomes':<24}" + ", ".join(f"{n} {name}" for name, n in totals(ledger.outcomes))
         for name, counts in ledger.outcomes.items():
             yield f"    {name:<22}" + ", ".join(f"{n} {what}" for what, n in counts.most_common())
-        yield f"  {'executions':<24}{executions.started}, {executions.duplicates} duplicate, {executions.retried} retried, "
+        yield f"  {'executions':<24}{executions.started}, {executions.duplicates} duplicate, {executions.retried} retried"
         yield f"  {'':<24}{data['started_late']} that nobody waited for; {data['acknowledged_cancels']} acknowledged cancels"
         shared = ledger.shared if self.features["delivery_idempotency_key"] else "not carried by this version"
         yield f"  {'shared runs':<24}{shared}"
@@ -121,7 +121,8 @@ class Report:
                 + "".join(f"{value:8.3f}" for value in quantiles(values))
                 + f"{len(values):8}"
             )
-        yield f"  {'longest overshoot':<24}{ledger.max_overshoot:.3f} s of a deadline ({ledger.late})"
+        late = f"{ledger.max_overshoot:.3f} s ({ledger.late})" if ledger.late else "no deadline was passed"
+        yield f"  {'longest overshoot':<24}{late}"
         yield f"  {'loop held up':<24}{self.loop_lag * 1000:.0f} ms at most"
         grown = (self.after.rss - self.warm.rss) / _MIB
         yield f"  {'memory':<24}{self.warm.rss / _MIB:.0f} MiB warm, {grown:+.1f} MiB at the end"
@@ -147,7 +148,7 @@ class Report:
         for name, count in sorted(counts.items()):
             yield f"    {count:3} {name}"
         if self.nemesis.died:
-            died = Counter(self.nemesis.died)
+            died = Counter(name for name, _ in self.nemesis.died)
             yield "    workers that ended by themselves: " + ", ".join(f"{n} {e}" for e, n in died.items())
 
 
