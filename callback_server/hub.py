@@ -53,10 +53,23 @@ class Lease:
         if self._listener is not None:
             self._listener.cancel_run(run_id)
 
+    def find(self, run_id: str) -> OpenRun | None:
+        """Return an open run."""
+        return self._listener.runs.get(run_id) if self._listener is not None else None
+
     def has_started(self, run_id: str) -> bool:
         """Tell whether a worker has spoken of the run."""
-        run = self._listener.runs.get(run_id) if self._listener is not None else None
+        run = self.find(run_id)
         return run is not None and run.started
+
+    async def take_parked(self, run_id: str, blob: bytes) -> None:
+        """Take an outcome in that a worker has left with the backend.
+
+        Raises:
+            ProtocolError: it is not signed with the run's key, or malformed.
+        """
+        if self._listener is not None:
+            await self._listener.take_parked(run_id, blob)
 
     def open_runs(self) -> list[OpenRun]:
         """Return this user's runs that were not closed yet."""
@@ -66,11 +79,13 @@ class Lease:
 
     def release(self) -> None:
         """Close what is left of this user's runs; the last user stops the listener. Blocks shortly."""
-        left = [run.run_id for run in self.open_runs()]
+        left = self.open_runs()
         listener, self._listener = self._listener, None
         if listener is None:
             return
-        listener.close_runs(left)
+        # Work that was told to stop is over; what was left to run on is not.
+        for over in (True, False):
+            listener.close_runs([run.run_id for run in left if run.cancelled is over], ended=over)
         with _lock:
             shared = _listeners.get(self._key)
             if shared is None or shared.listener is not listener:

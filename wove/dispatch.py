@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from wove import frames
-from wove.delivery import WHY_SILENT, DeliveryPolicy, Outcome, RunState, RunTable
+from wove.delivery import WHY_SILENT, Outcome, Resubmission, RunState, RunTable
 from wove.errors import (
     ConfigurationError,
     DeliveryOrphanedError,
@@ -20,6 +21,8 @@ from wove.errors import (
     WoveError,
     safe_text,
 )
+from wove.policy import DeliveryPolicy
+from wove.sharing import SharedCalls, sharing_key
 from wove.waiter import Waiter
 from wove.wire import callable_name
 
@@ -42,6 +45,13 @@ SILENCE_SECONDS = 30.0
 MAX_TASK_ID = 1_000
 #: The receiver lets other tasks run after so many events without a pause.
 EVENTS_PER_TURN = 200
+#: Seconds before a run is submitted again: grows with each attempt up to the second.
+AGAIN_AFTER = 0.1
+AGAIN_AT_MOST = 10.0
+#: Seconds by which a timer is late when this process was suspended, and what an executor then
+#: gets to hand over what it has received.
+SUSPENDED_SECONDS = 3.0
+CATCH_UP_SECONDS = 0.5
 #: Turns that a deadline waits at most for events that have arrived and were not read yet.
 MAX_CATCH_UP = 100
 
@@ -73,7 +83,9 @@ class Dispatcher:
         self._policy = self._resolve(None)
         self._waiters: dict[str, Waiter] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._cancels: set[asyncio.Task[None]] = set()
+        #: Messages to workers and the backend that stop() waits for.
+        self._farewells: set[asyncio.Task[None]] = set()
+        self._shared = SharedCalls(name)
         self._slots: asyncio.Semaphore | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -141,14 +153,11 @@ class Dispatcher:
         return self._stop_task
 
     async def _stop(self) -> None:
-        orphans = [(run, self._orphan(run)) for run in self.table.open_runs()]
-        if self._broken is None:
-            for run, cancel_work in orphans:
-                if cancel_work:
-                    self._spawn_cancel(run)
-            # Also those of callers that were cancelled a moment ago, by Ctrl-C for one.
-            if self._cancels:
-                await asyncio.wait(self._cancels, timeout=STOP_SECONDS / 2)
+        for run in self.table.open_runs():
+            self._orphan(run)
+        # Also those of callers that were cancelled a moment ago, by Ctrl-C for one.
+        if self._farewells and self._broken is None:
+            await asyncio.wait(self._farewells, timeout=STOP_SECONDS / 2)
         for timer in (self._timer, self._silence):
             if timer is not None:
                 timer.cancel()
@@ -159,8 +168,8 @@ class Dispatcher:
             await asyncio.wait(tasks, timeout=1.0)
         await self._stop_executor()
 
-    def _orphan(self, run: Run) -> bool:
-        """End a run by its policy; tell whether its work is to be cancelled."""
+    def _orphan(self, run: Run) -> None:
+        """End a run by its policy."""
         policy = run.policy.orphan_policy
         waiter = self._waiters.get(run.run_id)
         if policy == "cancel":
@@ -168,14 +177,27 @@ class Dispatcher:
             if waiter is not None:
                 waiter.cancel(f"environment {self.name!r} was stopped")
         else:
-            text = "its work was cancelled" if policy == "fail" else "its work runs on"
             error = DeliveryOrphanedError(
-                f"run {run.run_id} of {run.task_id}: environment {self.name!r} was stopped; {text}"
+                f"run {run.run_id} of {run.task_id}: environment {self.name!r} was stopped; {_FATES[policy]}"
             )
+            frame = waiter.frame if waiter is not None else None
+            started = run.state in (RunState.STARTED, RunState.LOST)
             outcome = self.table.fail(run.run_id, error)
             if outcome is not None:
-                self._settle(outcome)
-        return policy != "detach"
+                self._follow(outcome)
+            if policy == "requeue" and started and frame is not None:
+                self._say_farewell(self._requeue(run, frame), "wove-requeue")
+        if not run.policy.keeps_work:
+            self._spawn_cancel(run)
+
+    async def _requeue(self, run: Run, frame: Frame) -> None:
+        """Put started work back on the queue; nobody waits for it."""
+        try:
+            await self.executor.send(_cancel_frame(run))
+            again = {**_delivery(run.policy, run.attempt + 1), "attended": False}
+            await self.executor.send({**frame, "delivery": again})
+        except Exception:
+            logger.warning("environment %r: requeueing run %s failed", self.name, run.run_id, exc_info=True)
 
     async def _stop_executor(self) -> None:
         await self._within(STOP_SECONDS, self.executor.stop(), "stopping the executor")
@@ -229,10 +251,23 @@ class Dispatcher:
             raise TypeError(
                 f"a task's name is a string of at most {MAX_TASK_ID} characters; got {task_id!r:.100}"
             )
+        if policy.idempotency_key is None:
+            return await self._in_slot(func, positional, keywords, task_id, policy, on_progress, None)
+        self._check_usable()
+        key = sharing_key(policy.idempotency_key, func, positional, keywords)
+        return await self._shared.call(
+            key,
+            func,
+            lambda report: self._in_slot(func, positional, keywords, task_id, policy, report, key),
+            patience=policy.timeout,
+            on_progress=on_progress,
+        )
+
+    async def _in_slot(self, *call: Any) -> Any:
         if self._slots is None:
-            return await self._call(func, positional, keywords, task_id, policy, on_progress)
+            return await self._call(*call)
         async with self._slots:
-            return await self._call(func, positional, keywords, task_id, policy, on_progress)
+            return await self._call(*call)
 
     async def _call(
         self,
@@ -242,6 +277,7 @@ class Dispatcher:
         task_id: str | None,
         policy: DeliveryPolicy,
         on_progress: OnProgress | None,
+        key: str | None,
     ) -> Any:
         self._check_usable()
         if asyncio.get_running_loop() is not self._loop:
@@ -259,15 +295,21 @@ class Dispatcher:
         }
         if positional:
             frame["positional"] = tuple(positional)
+        if key is not None:
+            frame["delivery"]["key"] = key
         waiter = Waiter(self._loop.create_future(), on_progress)
+        if policy.sends_again:
+            waiter.frame = frame
         self._waiters[run.run_id] = waiter
         self._set_timer()
         # A task of its own: deadlines hold while `send` hangs.
         waiter.sending = self._spawn(self._submit(run, frame), "wove-submit")
         try:
             return await waiter.future
-        except asyncio.CancelledError:
-            await self._abandon(run)
+        except asyncio.CancelledError as exc:
+            unsaid = await self._abandon(run)
+            if unsaid:
+                exc.add_note(unsaid)
             raise
         finally:
             self._waiters.pop(run.run_id, None)
@@ -294,11 +336,13 @@ class Dispatcher:
                 raise
             error = SubmitError(f"the executor of environment {self.name!r} cancelled its own send()")
             error.__cause__ = exc
-            self._settle(self.table.fail(run.run_id, error))
+            self._follow(self.table.fail(run.run_id, error))
+        except SubmitError as exc:
+            self._follow(self.table.refuse(run.run_id, exc))
         except Exception as exc:
-            self._settle(self.table.fail(run.run_id, exc))
+            self._follow(self.table.fail(run.run_id, exc))
         else:
-            self.table.submitted(run.run_id)
+            self.table.submitted(run.run_id, frame["delivery"]["attempt"])
             if self._silence is None:
                 self._silence = self._loop.call_later(SILENCE_SECONDS, self._warn_of_silence)
 
@@ -311,20 +355,25 @@ class Dispatcher:
                 self.name, len(waiting), self._loop.time() - waiting[0].opened_at, WHY_SILENT,
             )  # fmt: skip
 
-    async def _abandon(self, run: Run) -> None:
-        """The caller was cancelled: cancel the work, as the policy says."""
+    async def _abandon(self, run: Run) -> str:
+        """The caller was cancelled: cancel the work, as the policy says.
+
+        Returns:
+            What is to be said of a cancellation that was not acknowledged; else nothing.
+        """
         if run.run_id not in self.table:
-            return
+            return ""
         waiter = self._waiters[run.run_id]
         outcome = self.table.cancel(run.run_id)
         if outcome is not None:
-            self._settle(outcome)
-            return
+            self._follow(outcome)
+            return ""
         waiter.renew(self._loop)
         self._set_timer()
         self._stop_work(run, waiter)
         # A second cancellation of the caller ends the wait; the work stays cancelled.
         await asyncio.wait({waiter.future})
+        return waiter.unacknowledged
 
     def _stop_work(self, run: Run, waiter: Waiter | None) -> None:
         if waiter is not None and waiter.sending is not None and not waiter.sending.done():
@@ -333,9 +382,12 @@ class Dispatcher:
             self._spawn_cancel(run)
 
     def _spawn_cancel(self, run: Run) -> None:
-        task = self._spawn(self._send_cancel(run), "wove-cancel")
-        self._cancels.add(task)
-        task.add_done_callback(self._cancels.discard)
+        self._say_farewell(self._send_cancel(run), "wove-cancel")
+
+    def _say_farewell(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = self._spawn(work, name)
+        self._farewells.add(task)
+        task.add_done_callback(self._farewells.discard)
 
     async def _send_cancel(self, run: Run) -> None:
         try:
@@ -368,13 +420,13 @@ class Dispatcher:
             try:
                 self._check_usable()
             except WoveError as error:
-                self._settle(self.table.fail(run.run_id, error))
+                self._follow(self.table.fail(run.run_id, error))
 
     def _take(self, frame: Frame) -> None:
         self._taken += 1
-        taken, outcome = self.table.apply(frame)
-        if outcome is not None:
-            self._settle(outcome)
+        taken, outcome, again = self.table.apply(frame)
+        if outcome is not None or again is not None:
+            self._follow(outcome or again)
         elif taken:
             if frame["type"] in (frames.PROGRESS, frames.LOG):
                 waiter = self._waiters.get(frame["run_id"])
@@ -382,21 +434,50 @@ class Dispatcher:
                     waiter.report(frame)
             self._set_timer()
 
-    def _settle(self, outcome: Outcome | None) -> None:
-        if outcome is None:
-            return
+    def _follow(self, step: Outcome | Resubmission | None) -> None:
+        """Do what the run table decided."""
+        if isinstance(step, Outcome):
+            self._settle(step)
+        elif step is not None:
+            self._send_again(step)
+
+    def _settle(self, outcome: Outcome) -> None:
         run = outcome.run
         waiter = self._waiters.get(run.run_id)
         if outcome.cancel_work:
             self._stop_work(run, waiter)
+        if outcome.kind == "timeout" and outcome.exception is None:
+            text = (
+                f"run {run.run_id} of {run.task_id} in environment {self.name!r} was cancelled, and its worker did not "
+                f"acknowledge that within delivery_cancel_timeout={run.policy.cancel_timeout:g} s"
+            )
+            logger.warning("%s", text)
+            if waiter is not None:
+                waiter.unacknowledged = text
         if waiter is not None:
             waiter.settle(outcome)
-        if outcome.kind == "timeout" and outcome.exception is None:
-            logger.warning(
-                "environment %r: run %s of %s was cancelled, and its worker did not acknowledge that within "
-                "delivery_cancel_timeout=%g s",
-                self.name, run.run_id, run.task_id, run.policy.cancel_timeout,
-            )  # fmt: skip
+
+    def _send_again(self, again: Resubmission) -> None:
+        run = again.run
+        waiter = self._waiters.get(run.run_id)
+        if waiter is None or waiter.frame is None:
+            return  # its caller is gone
+        logger.warning(
+            "environment %r: attempt %d of run %s (%s) was lost and is submitted again: %s",
+            self.name, run.attempt, run.run_id, run.task_id, again.reason,
+        )  # fmt: skip
+        pause = min(AGAIN_AT_MOST, AGAIN_AFTER * 2**run.attempt) * random.uniform(0.5, 1.0)  # noqa: S311
+        waiter.sending = self._spawn(self._submit_again(run, waiter.frame, pause), "wove-resubmit")
+        self._set_timer()
+
+    async def _submit_again(self, run: Run, frame: Frame, pause: float) -> None:
+        await asyncio.sleep(pause)
+        if self.table.resubmit(run.run_id) is None:
+            return
+        self._set_timer()
+        key = frame["delivery"].get("key")
+        again = _delivery(run.policy, run.attempt)
+        await self._submit(run, {**frame, "delivery": again if key is None else {**again, "key": key}})
 
     # --- clocks ------------------------------------------------------------
 
@@ -411,10 +492,14 @@ class Dispatcher:
         self._timer = self._loop.call_at(due, self._wake)
 
     def _wake(self) -> None:
-        self._timer = None
-        self._spawn(self._expire(), "wove-expire")
+        timer, self._timer = self._timer, None
+        late = self._loop.time() - timer.when() if timer is not None else 0.0
+        self._spawn(self._expire(late), "wove-expire")
 
-    async def _expire(self) -> None:
+    async def _expire(self, late: float) -> None:
+        if late > SUSPENDED_SECONDS:
+            # The whole process stood still, it may be: what came meanwhile is still to be read.
+            await asyncio.sleep(CATCH_UP_SECONDS)
         # What has arrived counts, however late a busy loop comes to read it.
         for _ in range(MAX_CATCH_UP):
             taken = self._taken
@@ -422,9 +507,17 @@ class Dispatcher:
             await asyncio.sleep(0)
             if taken == self._taken:
                 break
-        for outcome in self.table.expire():
-            self._settle(outcome)
+        for step in self.table.expire():
+            self._follow(step)
         self._set_timer()
+
+
+#: What becomes of the work, by orphan policy.
+_FATES = {
+    "fail": "its work was cancelled",
+    "detach": "its work runs on, and its outcome is kept by the backend",
+    "requeue": "its work is back on the queue",
+}
 
 
 def _asked_to_stop() -> bool:
@@ -445,10 +538,11 @@ def _cancel_frame(run: Run) -> Frame:
 def _delivery(policy: DeliveryPolicy, attempt: int) -> dict[str, Any]:
     return {
         "attempt": attempt,
+        # Whether a failed delivery of this attempt is followed by another one.
+        "again": attempt <= policy.retries,
         "timeout": policy.timeout,
         "start_timeout": policy.start_timeout,
-        # Work that is to run on when its submitter has gone.
-        "keep": policy.orphan_policy == "detach",
+        "keep": policy.keeps_work,
         "heartbeat_seconds": policy.heartbeat_seconds,
         "cancel_mode": policy.cancel_mode,
     }

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from wove import frames
-from wove.delivery import SETTINGS, TOMBSTONES, DeliveryPolicy, Outcome, RunState, RunTable, nearest
+from wove.delivery import TOMBSTONES, Outcome, RunState, RunTable
 from wove.errors import ConfigurationError, DeliveryTimeoutError, EnvironmentExecutionError, WorkerLostError
+from wove.policy import SETTINGS, DeliveryPolicy, nearest
 
 RUN = "a" * 32
 WORKER = {"host": "w1", "pid": 7, "backend": "celery", "job": "j1"}

@@ -18,11 +18,22 @@ if TYPE_CHECKING:
 #: From the bottom up. A module may import what stands below it and what stands beside it.
 LAYERS = (
     {"errors", "frames", "plain_data", "threads"},
-    {"delivery", "remote_errors", "security", "wire"},
+    {"delivery", "policy", "remote_errors", "security", "wire"},
     {"backend"},
     # These four are siblings, which know nothing of each other.
     {"adapters", "callback_server", "executors", "worker"},
-    {"__main__", "cli", "demo", "dispatch", "doctor", "environment", "handle", "runtime", "waiter"},
+    {
+        "__main__",
+        "cli",
+        "demo",
+        "dispatch",
+        "doctor",
+        "environment",
+        "handle",
+        "runtime",
+        "sharing",
+        "waiter",
+    },
 )
 SIBLINGS = LAYERS[3]
 

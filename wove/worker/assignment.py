@@ -56,6 +56,7 @@ class Assignment:
             self.timeout = _seconds(envelope.get("timeout"))
             self.start_timeout = _seconds(envelope.get("start_timeout"))
             self.keep = envelope.get("keep") is True
+            self.attended = envelope.get("attended", True) is not False
             nonce = _checked(envelope["nonce"], bytes)
             self.origin, self.path = split_url(self.callback)
         except (KeyError, ValueError) as exc:
@@ -65,6 +66,11 @@ class Assignment:
         self.kid = secret.kid
         self.key = run_key(secret, self.environment, self.run_id, nonce)
         self._envelope = envelope
+
+    @property
+    def job(self) -> str:
+        """The id under which the backend knows this attempt; see :func:`wove.backend.job_id`."""
+        return self.run_id if self.attempt == 1 else f"{self.run_id}-{self.attempt}"
 
     def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """Return the callable, its positional and its keyword arguments.

@@ -1,0 +1,117 @@
+"""How long, and how often, a worker offers an outcome to a callback server that does not take it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from wove.worker.assignment import Assignment
+    from wove.worker.connection import Reply
+
+logger = logging.getLogger("wove.worker")
+
+#: Seconds that any outcome is offered, also one that hardly anybody waits for.
+LEAST_RETRY = 2.0
+#: Seconds that an outcome is offered which the backend keeps anyway when nobody takes it.
+KEPT_RETRY = 5.0
+#: Seconds between offers: up to these, at random, so that a fleet does not come back all at once.
+_DELAYS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+#: Refusals after which there is no hope: wrong signatures do not become right ones.
+_MAX_REFUSALS = 3
+
+#: Since when, on the monotonic clock, a callback origin has not answered.
+down_since: dict[str, float] = {}
+
+
+def retry_seconds() -> float:
+    """Return how long a worker tries to deliver an outcome: ``WOVE_RESULT_RETRY_SECONDS`` or 300."""
+    text = os.environ.get("WOVE_RESULT_RETRY_SECONDS", "")
+    try:
+        return max(0.0, float(text)) if text else 300.0
+    except ValueError:
+        logger.warning("WOVE_RESULT_RETRY_SECONDS is a number of seconds, not %r; using 300", text)
+        return 300.0
+
+
+def patience(assignment: Assignment, begun: float, *, cancelled: bool) -> float:
+    """Return how many seconds an outcome is worth offering to a server that does not answer.
+
+    Args:
+        assignment: the run.
+        begun: when its execution began, in monotonic seconds.
+        cancelled: whether its caller has given it up.
+    """
+    now = time.monotonic()
+    seconds = retry_seconds()
+    # One outage is waited for once: later runs of a submitter that is gone do not each
+    # hold a slot of the fleet for minutes.
+    seconds -= now - down_since.get(assignment.origin, now)
+    if assignment.timeout is not None:
+        # Nobody waits beyond the run's own deadline.
+        seconds = min(seconds, assignment.timeout - (now - begun))
+    if assignment.keep:
+        seconds = min(seconds, KEPT_RETRY)
+    if cancelled:
+        seconds = 0.0
+    return max(seconds, min(LEAST_RETRY, retry_seconds()))
+
+
+def offer(post: Callable[[], Reply], assignment: Assignment, seconds: float) -> Reply | None:
+    """Post until the callback server has decided.
+
+    Args:
+        post: makes one request.
+        assignment: the run.
+        seconds: how long to try.
+
+    Returns:
+        Its answer: taken (2xx), not wanted (410), or too large (413); None when it gave none in time.
+    """
+    give_up = time.monotonic() + seconds
+    refusals = attempt = 0
+    while True:
+        wait_for: float | None = None
+        try:
+            reply = post()
+        except Exception as exc:
+            # Without a connection, or with a reply that is none of a callback server's.
+            problem = f"{type(exc).__name__}: {exc}"
+            down_since.setdefault(assignment.origin, time.monotonic())
+        else:
+            down_since.pop(assignment.origin, None)
+            if reply.status < 300 or reply.status in (410, 413):
+                return reply
+            problem = f"the callback server answered {reply.status}"
+            # A body that was cut on its way is 400 too, so these are tried again as well.
+            refusals += reply.status in (400, 401, 404)
+            wait_for = retry_after(reply)
+        delay = wait_for or random.uniform(0, _DELAYS[min(attempt, len(_DELAYS) - 1)])  # noqa: S311
+        # The last offer is made when the time is up, not before.
+        left = give_up - time.monotonic()
+        if refusals >= _MAX_REFUSALS or left <= 0:
+            logger.error(
+                "the outcome of run %s could not be delivered to %s: %s",
+                assignment.run_id, assignment.origin, problem,
+            )  # fmt: skip
+            return None
+        logger.log(
+            logging.WARNING if attempt == 0 else logging.DEBUG,
+            "delivering the outcome of run %s failed, trying again: %s", assignment.run_id, problem,
+        )  # fmt: skip
+        time.sleep(min(delay, left))
+        attempt += 1
+
+
+def retry_after(reply: Reply) -> float | None:
+    """Return how many seconds the callback server asks to wait, spread a little."""
+    try:
+        asked = float(reply.headers.get("retry-after", ""))
+    except ValueError:
+        return None
+    return min(30.0, max(0.05, asked)) * random.uniform(0.5, 1.0)  # noqa: S311
