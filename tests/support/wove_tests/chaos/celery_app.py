@@ -8,5 +8,6 @@ app = Celery("chaos", set_as_current=False)
 app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
+    task_acks_late=os.environ["CHAOS_ACKS_LATE"] == "1",
     broker_transport_options={"visibility_timeout": int(os.environ["CHAOS_VISIBILITY"])},
 )

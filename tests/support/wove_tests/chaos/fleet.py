@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 PREFORK, THREADS, RQ = "celery-prefork", "celery-threads", "rq"
 
 #: Seconds after which Celery's workers give a message to another one when nobody has confirmed it: what a
-#: killed worker had taken and not begun. Celery's default is an hour.
-VISIBILITY_SECONDS = 20
+#: killed worker had taken and not begun, or not ended where messages are confirmed late. The default is an hour.
+VISIBILITY_SECONDS = 8
 
 
 class PersistentRedis(RedisServer):
@@ -111,7 +111,8 @@ class ChaosFleet:
             concurrency=concurrency,
             app="wove_tests.chaos.celery_app",
             queue=name,
-            env=self._env,
+            # Late, so that the broker runs a killed worker's tasks again.
+            env={**self._env, "CHAOS_ACKS_LATE": "1" if name == THREADS else "0"},
         )
 
     def of(self, *environments: str) -> list[Slot]:
