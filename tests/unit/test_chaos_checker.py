@@ -134,3 +134,17 @@ class TestExecutions:
         found = Executions.check(log, ledger, {51, 41})
         assert len(found.false_alarms) == 1 and "call 0 " in found.false_alarms[0]
         assert found.retried == 1
+
+    async def test_says_what_a_timeout_hid(self, log: Path) -> None:
+        ledger = Ledger()
+        for key in range(4):
+            ledger.note(a_call(key, ended=110.0), await ended(DeliveryTimeoutError("late")))
+        log.write_text(
+            "0 aa 1 start 50 40 101.000000\n"  # killed
+            "1 bb 1 start 52 40 101.000000\n"  # still at it
+            "2 cc 1 start 52 40 101.000000\n2 cc 1 end 52 40 102.000000\n"  # its result is where?
+            "3 dd 1 start 52 40 101.000000\n3 dd 1 end 52 40 109.500000\n"  # no time was left
+        )
+        found = Executions.check(log, ledger, {50})
+        assert len(found.unnoticed) == 1 and "call 0 " in found.unnoticed[0]
+        assert len(found.undelivered) == 1 and "call 2 " in found.undelivered[0]

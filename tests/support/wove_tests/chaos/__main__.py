@@ -87,7 +87,9 @@ async def chaos(fleet: ChaosFleet, proxy: TcpProxy, port: int, seed: int, log: P
             warm = Vitals.take()
             nemesis.start()
             try:
-                await asyncio.wait([running], timeout=max(0.0, begun + seconds - time.monotonic()))
+                await asyncio.wait([running], timeout=(begun + seconds - time.monotonic()) / 2)
+                half = Vitals.take()
+                await asyncio.wait([running], timeout=begun + seconds - time.monotonic())
             finally:
                 await asyncio.to_thread(nemesis.stop)
             load.enough.set()
@@ -106,6 +108,7 @@ async def chaos(fleet: ChaosFleet, proxy: TcpProxy, port: int, seed: int, log: P
         nemesis=nemesis,
         before=before,
         warm=warm,
+        half=half,
         after=after,
         loop_lag=lag.longest,
         tasks_left=left,

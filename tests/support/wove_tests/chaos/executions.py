@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from wove_tests.chaos.ledger import Ledger
 
 
+#: Seconds that an outcome may take, when the network fails meanwhile.
+DELIVERY_SECONDS = 6.0
+
+
 class Line(NamedTuple):
     """One line of :mod:`wove_tests.chaos.tasks`."""
 
@@ -51,6 +55,11 @@ class Executions:
     #: WorkerLostError of a worker that nobody had killed.
     false_alarms: list[str] = field(default_factory=list)
 
+    #: DeliveryTimeoutError where WorkerLostError was due: whoever ran it was killed.
+    unnoticed: list[str] = field(default_factory=list)
+    #: DeliveryTimeoutError although the task had ended well before.
+    undelivered: list[str] = field(default_factory=list)
+
     @classmethod
     def check(cls, log: Path, ledger: Ledger, killed: set[int]) -> Executions:
         """Read the file, once everything has come to rest."""
@@ -58,20 +67,34 @@ class Executions:
         seen: Counter[tuple[str, int]] = Counter()
         last: dict[int, Line] = {}
         for line in read(log):
-            if line.key in ledger.worker_lost and line.pid not in killed and line.parent not in killed:
+            if line.key in ledger.worker_lost or line.key in ledger.timed_out:
                 last[line.key] = line
-            elif line.phase == "start":
-                last.pop(line.key, None)
             if line.phase == "start":
                 found._started(line, ledger)
                 seen[line.run_id, line.attempt] += 1
         found.duplicates = sum(count - 1 for count in seen.values())
         found.retried = sum(count for (_, attempt), count in seen.items() if attempt > 1)
-        for key, line in sorted(last.items()):
-            call, text = ledger.worker_lost[key]
-            when = f"{line.phase} at +{line.at - call.begun:.2f} s in pid {line.pid}, which nobody killed"
-            found.false_alarms.append(f"{call}: {when}: {text}")
+        for _, line in sorted(last.items()):
+            found._ended(line, ledger, dead=line.pid in killed or line.parent in killed)
         return found
+
+    def _ended(self, line: Line, ledger: Ledger, *, dead: bool) -> None:
+        """Compare the last sign of an execution with the delivery error that its caller got."""
+        if line.key in ledger.worker_lost:
+            call, text = ledger.worker_lost[line.key]
+            if not dead:
+                when = f"{line.phase} at +{line.at - call.begun:.2f} s in pid {line.pid}, which nobody killed"
+                self.false_alarms.append(f"{call}: {when}: {text}")
+            return
+        call = ledger.timed_out[line.key]
+        what = (
+            f"{call}: run {line.run_id} attempt {line.attempt}: {line.phase} at +{line.at - call.begun:.2f} s"
+        )
+        if line.phase == "start":
+            if dead:
+                self.unnoticed.append(f"{what}, then pid {line.pid} was killed")
+        elif line.at < call.begun + call.deadline - DELIVERY_SECONDS:
+            self.undelivered.append(what + (f", then pid {line.pid} was killed" if dead else ""))
 
     def _started(self, line: Line, ledger: Ledger) -> None:
         self.started += 1

@@ -93,6 +93,8 @@ class Ledger:
     acknowledged: dict[int, Call] = field(default_factory=dict)
     #: By key, calls that ended with WorkerLostError, with its text.
     worker_lost: dict[int, tuple[Call, str]] = field(default_factory=dict)
+    #: By key, calls that ended with DeliveryTimeoutError.
+    timed_out: dict[int, Call] = field(default_factory=dict)
     #: By key, when the call ended.
     ended: array[float] = field(default_factory=lambda: array("d"))
     shared: int = 0
@@ -141,6 +143,8 @@ class Ledger:
         if isinstance(exception, _DELIVERY_ERRORS):
             if isinstance(exception, WorkerLostError):
                 self.worker_lost[call.key] = (call, str(exception))
+            elif isinstance(exception, DeliveryTimeoutError):
+                self.timed_out[call.key] = call
             return type(exception).__name__
         notes = "; ".join(getattr(exception, "__notes__", []))
         return self._wrong(call, f"{type(exception).__name__}: {exception!s:.500} [{notes:.700}]")

@@ -30,6 +30,7 @@ class Report:
     nemesis: Nemesis
     before: Vitals
     warm: Vitals
+    half: Vitals
     after: Vitals
     loop_lag: float
     tasks_left: list[str]
@@ -81,6 +82,8 @@ class Report:
             "started_late": executions.started_late.total(),
             "acknowledged_cancels": len(ledger.acknowledged),
             "false_alarms": executions.false_alarms,
+            "unnoticed": executions.unnoticed,
+            "undelivered": executions.undelivered,
             "shared_runs": ledger.shared,
             "closed_runs": self.closed_runs,
             "seconds_to_outcome": {
@@ -90,6 +93,7 @@ class Report:
             "max_overshoot": ledger.max_overshoot,
             "loop_lag": self.loop_lag,
             "rss_growth": self.after.rss - self.warm.rss,
+            "rss_growth_second_half": self.after.rss - self.half.rss,
             "rss_warm": self.warm.rss,
             "fd_growth": self.after.descriptors - self.before.descriptors,
             "threads_left": self.threads_left,
@@ -125,8 +129,8 @@ class Report:
         late = f"{ledger.max_overshoot:.3f} s ({ledger.late})" if ledger.late else "no deadline was passed"
         yield f"  {'longest overshoot':<24}{late}"
         yield f"  {'loop held up':<24}{self.loop_lag * 1000:.0f} ms at most"
-        grown = (self.after.rss - self.warm.rss) / _MIB
-        yield f"  {'memory':<24}{self.warm.rss / _MIB:.0f} MiB warm, {grown:+.1f} MiB at the end"
+        rises = (self.half.rss - self.warm.rss) / _MIB, (self.after.rss - self.half.rss) / _MIB
+        yield f"  {'memory':<24}{self.warm.rss / _MIB:.0f} MiB warm, {rises[0]:+.1f} at half-time, {rises[1]:+.1f} after"
         yield f"  {'descriptors':<24}{data['fd_growth']:+d}"
         yield f"  {'threads left':<24}{', '.join(self.threads_left) or 'none'}"
         yield f"  {'tasks left':<24}{', '.join(self.tasks_left) or 'none'}"
@@ -134,8 +138,13 @@ class Report:
         for name, cases in self.defects.items():
             yield f"  {name:<24}{len(cases)}"
             yield from _examples(cases)
-        yield f"  {'false alarms':<24}{len(executions.false_alarms)} (WorkerLostError of a living worker)"
-        yield from _examples(executions.false_alarms)
+        for name, meaning, cases in (
+            ("false alarms", "WorkerLostError of a living worker", executions.false_alarms),
+            ("unnoticed", "DeliveryTimeoutError of a killed one", executions.unnoticed),
+            ("undelivered", "DeliveryTimeoutError of work that was done", executions.undelivered),
+        ):
+            yield f"  {name:<24}{len(cases)} ({meaning})"
+            yield from _examples(cases)
         if self.complaints:
             yield f"  {'complaints':<24}{self.complaints.total()}"
             yield from _examples([f"{n} x {text}" for text, n in self.complaints.most_common()])
