@@ -109,7 +109,7 @@ class TestExecutions:
             "0 aa 1 start 51 40 101.200000\n"
             "1 bb 1 start 52 40 101.200000\n"  # nobody promised anything
         )
-        found = Executions.check(log, ledger, set())
+        found = Executions.check(log, ledger, {})
         assert len(found.zombies) == 1 and "pid 51" in found.zombies[0]
         assert found.started_late.total() == 1
         assert (found.started, found.duplicates, found.retried) == (3, 1, 0)
@@ -119,7 +119,7 @@ class TestExecutions:
         call = a_call(cancelled_at=100.5, cancel_mode="require_ack", cancel_timeout=5.0, ended=105.5)
         ledger.note(call, await ended(asyncio.CancelledError()))
         log.write_text("0 aa 1 start 50 40 106.000000\n")
-        assert not Executions.check(log, ledger, set()).zombies
+        assert not Executions.check(log, ledger, {}).zombies
 
     async def test_a_lost_worker_that_nobody_killed_is_a_false_alarm(self, log: Path) -> None:
         ledger = Ledger()
@@ -131,7 +131,7 @@ class TestExecutions:
             "2 cc 1 start 52 41 100.100000\n"  # its worker was killed
             "3 dd 1 start 50 40 100.100000\n3 dd 2 start 51 40 100.500000\n3 dd 2 sta"  # its last attempt was
         )
-        found = Executions.check(log, ledger, {51, 41})
+        found = Executions.check(log, ledger, {50: 99.0, 51: 100.6, 41: 100.6})
         assert len(found.false_alarms) == 1 and "call 0 " in found.false_alarms[0]
         assert found.retried == 1
 
@@ -145,6 +145,6 @@ class TestExecutions:
             "2 cc 1 start 52 40 101.000000\n2 cc 1 end 52 40 102.000000\n"  # its result is where?
             "3 dd 1 start 52 40 101.000000\n3 dd 1 end 52 40 109.500000\n"  # no time was left
         )
-        found = Executions.check(log, ledger, {50})
+        found = Executions.check(log, ledger, {50: 101.5})
         assert len(found.unnoticed) == 1 and "call 0 " in found.unnoticed[0]
         assert len(found.undelivered) == 1 and "call 2 " in found.undelivered[0]

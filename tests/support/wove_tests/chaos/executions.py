@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from wove_tests.chaos.ledger import Ledger
@@ -61,8 +61,8 @@ class Executions:
     undelivered: list[str] = field(default_factory=list)
 
     @classmethod
-    def check(cls, log: Path, ledger: Ledger, killed: set[int]) -> Executions:
-        """Read the file, once everything has come to rest."""
+    def check(cls, log: Path, ledger: Ledger, killed: Mapping[int, float]) -> Executions:
+        """Read the file, once everything has come to rest; ``killed`` says when a process was killed."""
         found = cls()
         seen: Counter[tuple[str, int]] = Counter()
         last: dict[int, Line] = {}
@@ -75,7 +75,9 @@ class Executions:
         found.duplicates = sum(count - 1 for count in seen.values())
         found.retried = sum(count for (_, attempt), count in seen.items() if attempt > 1)
         for _, line in sorted(last.items()):
-            found._ended(line, ledger, dead=line.pid in killed or line.parent in killed)
+            # Process ids come again, and so do processes: only what was killed after this line counts.
+            dead = any(killed.get(pid, 0.0) >= line.at for pid in (line.pid, line.parent))
+            found._ended(line, ledger, dead=dead)
         return found
 
     def _ended(self, line: Line, ledger: Ledger, *, dead: bool) -> None:

@@ -72,7 +72,7 @@ class Call:
         if self.cancelled_at is not None:
             cancel = f", {self.cancel_mode} cancel at +{self.cancelled_at - self.begun:.2f} s"
         took = f"{self.ended - self.begun:.2f} s" if self.ended else "no end"
-        return f"call {self.key} ({self.kind}, {self.environment}, {self.settings}{cancel}; {took})"
+        return f"call {self.key} ({self.kind}, {self.environment}, {self.settings}{cancel}; begun at {self.begun:.2f}, {took})"
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from wove_tests.chaos.fleet import PREFORK, RQ, THREADS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from wove_tests.chaos.fleet import ChaosFleet, PersistentRedis, Slot
     from wove_tests.proxy import TcpProxy
@@ -48,8 +48,8 @@ class Nemesis:
         self._enough = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nemesis")
         self.faults: list[Fault] = []
-        #: Every process that was killed here.
-        self.killed: set[int] = set()
+        #: Every process that was killed here, and when.
+        self.killed: dict[int, float] = {}
         #: Environments whose worker ended without having been killed here, with the end of its log.
         self.died: list[tuple[str, str]] = []
         #: What went wrong with the nemesis itself.
@@ -88,9 +88,13 @@ class Nemesis:
         dead = self._fleet.dead()
         for slot in dead:
             # A work horse may have outlived its worker; it goes with the rest.
-            self.killed.update(slot.worker.members())
+            self._note_killed([slot.worker.pid, *slot.worker.members()])
             self.died.append((slot.environment, slot.worker.log_text()[-LAST_WORDS:]))
         self._fleet.replace(dead)
+
+    def _note_killed(self, pids: Iterable[int]) -> None:
+        # After the deed: what such a process did, it did before.
+        self.killed.update(dict.fromkeys(pids, time.monotonic()))
 
     def _deck(self) -> dict[str, Callable[[], bool]]:
         pick, proxy = self._random, self._proxy
@@ -134,15 +138,16 @@ class Nemesis:
                 return False
             time.sleep(0.01)
         pid = self._random.choice(children)
-        self.killed.add(pid)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+        self._note_killed([pid])
         return True
 
     def _kill_worker(self, environment: str) -> bool:
         slot: Slot = self._random.choice(self._fleet.of(environment))
-        self.killed.update(slot.worker.members())
+        members = slot.worker.members()
         slot.worker.kill()
+        self._note_killed(members)
         self._pause(0.0, 1.5)
         slot.replace()
         return True

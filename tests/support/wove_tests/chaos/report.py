@@ -100,6 +100,10 @@ class Report:
             "tasks_left": self.tasks_left,
             "features": self.features,
             "faults": dict(Counter(fault.name for fault in self.nemesis.faults)),
+            # Monotonic seconds, as in the cases.
+            "timeline": [
+                (round(fault.begun, 2), round(fault.ended, 2), fault.name) for fault in self.nemesis.faults
+            ],
             "died_by_themselves": [f"{name}: {log}" for name, log in self.nemesis.died],
             "complaints": dict(self.complaints),
         }
