@@ -131,7 +131,7 @@ class TestExecutions:
             "2 cc 1 start 52 41 100.100000\n"  # its worker was killed
             "3 dd 1 start 50 40 100.100000\n3 dd 2 start 51 40 100.500000\n3 dd 2 sta"  # its last attempt was
         )
-        found = Executions.check(log, ledger, {50: 99.0, 51: 100.6, 41: 100.6})
+        found = Executions.check(log, ledger, {50: 99.0, 51: 100.6, 41: 100.6, 52: 101.5})
         assert len(found.false_alarms) == 1 and "call 0 " in found.false_alarms[0]
         assert found.retried == 1
 

@@ -75,8 +75,10 @@ class Executions:
         found.duplicates = sum(count - 1 for count in seen.values())
         found.retried = sum(count for (_, attempt), count in seen.items() if attempt > 1)
         for _, line in sorted(last.items()):
-            # Process ids come again, and so do processes: only what was killed after this line counts.
-            dead = any(killed.get(pid, 0.0) >= line.at for pid in (line.pid, line.parent))
+            # Processes live on, and their ids come again: only a kill between this line and the outcome counts.
+            # That a worker had ended by itself may be found out after its callers have heard of it.
+            ended = float("inf") if line.key in ledger.worker_lost else ledger.ended[line.key]
+            dead = any(line.at <= killed.get(pid, 0.0) <= ended for pid in (line.pid, line.parent))
             found._ended(line, ledger, dead=dead)
         return found
 
