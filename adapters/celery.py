@@ -202,7 +202,8 @@ class CeleryAdapter(BackendAdapter):
         inspect = self._app.control.inspect(
             destination=list(by_node), timeout=INSPECT_SECONDS, limit=len(by_node)
         )
-        answers = inspect.query_task(*asked) or {}
+        # The command is that of wove.worker.celery.
+        answers = inspect._request("wove_runs", ids=asked) or {}
         for node, mine in by_node.items():
             for run_id in mine:
                 requeues = self.worker_of(run_id).get("requeues") is True
@@ -235,19 +236,21 @@ class CeleryAdapter(BackendAdapter):
 
 
 def _state(node: str, run_id: str, answer: Any, requeues: bool) -> BackendState:
-    """Read a worker's answer to ``query_task``: per task id, where it is and more of it."""
+    """Read a worker's answer to ``wove_runs``: per task id, where it is and a word about it."""
     if not isinstance(answer, dict):
         return BackendState("lost", f"the Celery worker {node} does not answer any more")
+    if "error" in answer:  # an older release there: Celery's own word for an unknown command
+        return BackendState("unknown", str(answer["error"]))
     found = answer.get(run_id)
-    word = found[0] if isinstance(found, (list, tuple)) and found else None
+    word, detail = found if isinstance(found, (list, tuple)) and len(found) == 2 else ("", "")
     if word == "active":
         return BackendState("running", f"active on {node}")
-    if word in ("reserved", "scheduled"):
-        return BackendState("queued", f"{word} on {node}")
-    if word is not None:
-        return BackendState("unknown", f"{word} on {node}")
+    if word == "reserved":
+        return BackendState("queued", f"reserved on {node}")
     if requeues:
         return BackendState("queued", f"not on {node} any more; acks_late puts it back on the queue")
+    if word == "died":
+        return BackendState("lost", f"the pool process on {node} ended with {detail}")
     return BackendState("gone", f"the Celery worker {node} is not at it any more")
 
 

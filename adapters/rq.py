@@ -207,14 +207,14 @@ class RqAdapter(BackendAdapter):
                 pipeline.hmget(Job.key_for(run_id), "status", "worker_name", PARKED_FIELD)
             found = dict(zip(run_ids, pipeline.execute(), strict=True))
         workers = {_text(worker) for status, worker, _ in found.values() if _text(status) == "started"}
-        dead = self._dead(workers - {""}) if workers else set()
+        alive = self._alive(workers - {""}) if workers else {}
         return {
-            run_id: _state(_text(status), _text(worker), _text(worker) in dead, parked)
+            run_id: _state(_text(status), _text(worker), alive.get(_text(worker)), parked)
             for run_id, (status, worker, parked) in found.items()
         }
 
-    def _dead(self, workers: set[str]) -> set[str]:
-        """Return those workers that surely are no more.
+    def _alive(self, workers: set[str]) -> dict[str, bool]:
+        """Return for each worker of which it is known whether it lives.
 
         RQ itself learns of a killed worker after minutes. Redis knows at once: a worker gives its
         connection its own name, and keeps it while it lives.
@@ -223,21 +223,23 @@ class RqAdapter(BackendAdapter):
         from rq.worker import BaseWorker
 
         connection = self._queue.connection
+        known: dict[str, bool] = {}
         try:
             connected = {client.get("name") for client in connection.client_list()}
-            missing = workers - connected
-            if not missing:
-                return set()
-            now, _ = connection.time()
-            began = now - int(connection.info("server")["uptime_in_seconds"])
-            with connection.pipeline(transaction=False) as pipeline:
-                for worker in missing:
-                    pipeline.hget(BaseWorker.redis_worker_namespace_prefix + worker, "birth")
-                births = dict(zip(missing, pipeline.execute(), strict=True))
+            known = dict.fromkeys(workers & connected, True)
+            missing = sorted(workers - connected)
+            if missing:
+                now, _ = connection.time()
+                began = now - int(connection.info("server")["uptime_in_seconds"])
+                with connection.pipeline(transaction=False) as pipeline:
+                    for worker in missing:
+                        pipeline.hget(BaseWorker.redis_worker_namespace_prefix + worker, "birth")
+                    births = dict(zip(missing, pipeline.execute(), strict=True))
+                # A worker that is older than this Redis server lost the name with its connection.
+                known.update({worker: False for worker, birth in births.items() if _is_after(birth, began)})
         except (RedisError, KeyError, ValueError):
-            return set()  # not allowed here, or a proxy in between: not known
-        # A worker that is older than this Redis server has lost the name with the connection.
-        return {worker for worker, birth in births.items() if _is_after(birth, began + 2)}
+            pass  # not allowed here, or a proxy in between: not known
+        return known
 
     async def close(self) -> None:
         """Close a client that was made here; never a user's."""
@@ -262,14 +264,17 @@ _STATES = {
 }
 
 
-def _state(status: str, worker: str, dead: bool, parked: bytes | None) -> BackendState:
+def _state(status: str, worker: str, alive: bool | None, parked: bytes | None) -> BackendState:
     if not status:
         return BackendState("gone", "RQ has no such job", parked)
-    if dead and status == "started":
-        return BackendState(
-            "lost", f"its RQ worker {worker} is gone from Redis while its job is started", parked
-        )
-    return BackendState(_STATES.get(status, "unknown"), f"RQ's job is {status}", parked)
+    detail = f"RQ's job is {status}"
+    if status != "started":
+        return BackendState(_STATES.get(status, "unknown"), detail, parked)
+    if alive is None:
+        return BackendState("unknown", f"{detail}, whether its worker {worker} lives is not known", parked)
+    if alive:
+        return BackendState("running", f"{detail}, its worker {worker} is there", parked)
+    return BackendState("lost", f"{detail}, and its worker {worker} has left Redis", parked)
 
 
 def _text(value: Any) -> str:

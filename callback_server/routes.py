@@ -154,8 +154,10 @@ class Routes:
             return _reply(204)  # a newer attempt is at work
         if failed and last["error"].get("source") == "backend":
             # A lost worker is no outcome before the run has no attempt left.
-            run.forsake()
-            run.sink(batch)
+            if run.lost < run.attempt:
+                run.lost = run.attempt
+                run.forsake()
+                run.sink(batch)
         else:
             self._close_with(run, batch)
         return _reply(204)

@@ -69,7 +69,7 @@ class OpenRun:
     """
 
     __slots__ = (
-        "_keys", "attempt", "cancelled", "cancelled_at", "closed", "environment", "executions", "heartbeat", "max_body", "message", "nonce",
+        "_keys", "attempt", "cancelled", "cancelled_at", "closed", "environment", "executions", "heartbeat", "job", "lost", "max_body", "message", "nonce",
         "on_suspect", "opened_at", "ring", "run_id", "sink", "task_id", "watchers", "worker",
     )  # fmt: skip
 
@@ -102,10 +102,14 @@ class OpenRun:
         self.cancelled = False
         #: When it was cancelled, in monotonic seconds.
         self.cancelled_at = 0.0
+        #: The attempt whose worker was reported dead; that is said once.
+        self.lost = 0
         #: No events are taken for it any more.
         self.closed = False
         #: When the attempt was opened, in monotonic seconds.
         self.opened_at = time.monotonic()
+        #: The id by which the backend knows the attempt.
+        self.job = run_id if attempt == 1 else f"{run_id}-{attempt}"
         #: What the last worker that spoke of it said of itself.
         self.worker: dict[str, Any] = {}
         self.executions: dict[str, Execution] = {}
@@ -145,6 +149,7 @@ class OpenRun:
         """Begin another attempt; the executions of earlier ones count no more."""
         self.attempt = attempt
         self.message = message
+        self.job = f"{self.run_id}-{attempt}"
         self.opened_at = time.monotonic()
         self.worker = {}
         self.forsake()

@@ -267,13 +267,14 @@ class RunTable:
 
     def _sign_of_life(self, run: Run, frame: Mapping[str, Any]) -> None:
         run.attempt = max(run.attempt, frame["attempt"])
-        # The task's own process, not the parent that reports its end.
-        if isinstance(frame.get("worker"), Mapping) and (
-            not run.worker or frame["type"] not in frames.TERMINAL
-        ):
-            run.worker = frame["worker"]
+        worker = frame.get("worker")
         if frame["type"] in frames.TERMINAL and _is_loss(frame.get("error")):
-            return  # the word of somebody else
+            # The word of somebody else: of the parent, whose process is not the one that died.
+            if isinstance(worker, Mapping) and not run.worker:
+                run.worker = {key: value for key, value in worker.items() if key != "pid"}
+            return
+        if isinstance(worker, Mapping):
+            run.worker = worker
         run.last_seen = max(run.last_seen or run.opened_at, self._arrival(frame))
         if run.started_at is None:
             # An event of any type says that the work has begun, in whatever order they come.
@@ -331,7 +332,9 @@ class RunTable:
     def _lost_error(self, run: Run, word: str, error: Mapping[str, Any] | None = None) -> Exception:
         """Build the error of a run whose worker died: who, when last seen, and in whose word."""
         worker = run.worker
-        who = f"its worker on {worker.get('host')} (pid {worker.get('pid')})" if worker else "its worker"
+        who = "its worker"
+        if worker:
+            who += f" on {worker.get('host')}" + (f" (pid {worker['pid']})" if "pid" in worker else "")
         seen = ""
         if run.last_seen is not None:
             seen = f", {max(0.0, self._clock() - run.last_seen):.1f} s after its last sign of life"
@@ -355,7 +358,7 @@ class RunTable:
         if not worker:
             return ""
         text = f"in run {run.run_id} of {run.task_id}, environment {self._environment!r}"
-        text += f", on worker {worker.get('host')} pid {worker.get('pid')}"
+        text += f", on worker {worker.get('host')}" + (f" pid {worker['pid']}" if "pid" in worker else "")
         if worker.get("job"):
             text += f", {worker.get('backend')} job {worker['job']}"
         return f"{text}, attempt {attempt}"
@@ -474,6 +477,7 @@ def _add_history(exception: BaseException, run: Run) -> None:
         return
     lines = [f"{len(run.history)} executions came to nothing:"]
     for entry in run.history:
-        where = f" on {entry['host']} (pid {entry['pid']})" if "host" in entry and "pid" in entry else ""
+        where = f" on {entry['host']}" if "host" in entry else ""
+        where += f" (pid {entry['pid']})" if "pid" in entry else ""
         lines.append(f"  attempt {entry['attempt']}{where}, after {entry['seconds']:g} s: {entry['reason']}")
     exception.add_note("\n".join(lines))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from wove import frames
+from wove.alarm import Alarm
 from wove.delivery import WHY_SILENT, Outcome, Resubmission, RunState, RunTable
 from wove.errors import (
     ConfigurationError,
@@ -48,13 +49,6 @@ EVENTS_PER_TURN = 200
 #: Seconds before a run is submitted again: grows with each attempt up to the second.
 AGAIN_AFTER = 0.1
 AGAIN_AT_MOST = 10.0
-#: Seconds by which a timer is late when this process was suspended, and what an executor then
-#: gets to hand over what it has received.
-SUSPENDED_SECONDS = 3.0
-CATCH_UP_SECONDS = 0.5
-#: Turns that a deadline waits at most for events that have arrived and were not read yet.
-MAX_CATCH_UP = 100
-
 #: Which dispatcher an executor serves, by its id: one executor cannot serve two.
 _serving: WeakValueDictionary[int, Dispatcher] = WeakValueDictionary()
 
@@ -87,7 +81,6 @@ class Dispatcher:
         self._farewells: set[asyncio.Task[None]] = set()
         self._shared = SharedCalls(name)
         self._slots: asyncio.Semaphore | None = None
-        self._timer: asyncio.TimerHandle | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
         self._stopping = False
@@ -125,6 +118,7 @@ class Dispatcher:
             )
         self._loop = asyncio.get_running_loop()
         self.table = RunTable(self.name, self._loop.time)
+        self._alarm = Alarm(self._loop, self.table.next_deadline, lambda: self._taken, self._expire)
         if self._policy.max_in_flight is not None:
             self._slots = asyncio.Semaphore(self._policy.max_in_flight)
         try:
@@ -158,9 +152,9 @@ class Dispatcher:
         # Also those of callers that were cancelled a moment ago, by Ctrl-C for one.
         if self._farewells and self._broken is None:
             await asyncio.wait(self._farewells, timeout=STOP_SECONDS / 2)
-        for timer in (self._timer, self._silence):
-            if timer is not None:
-                timer.cancel()
+        self._alarm.stop()
+        if self._silence is not None:
+            self._silence.cancel()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
@@ -187,6 +181,8 @@ class Dispatcher:
                 self._follow(outcome)
             if policy == "requeue" and started and frame is not None:
                 self._say_farewell(self._requeue(run, frame), "wove-requeue")
+            elif run.policy.keeps_work and waiter is not None and waiter.sending is not None:
+                self._await_farewell(waiter.sending)  # what is to stay queued has to get there
         if not run.policy.keeps_work:
             self._spawn_cancel(run)
 
@@ -301,7 +297,7 @@ class Dispatcher:
         if policy.sends_again:
             waiter.frame = frame
         self._waiters[run.run_id] = waiter
-        self._set_timer()
+        self._alarm.set()
         # A task of its own: deadlines hold while `send` hangs.
         waiter.sending = self._spawn(self._submit(run, frame), "wove-submit")
         try:
@@ -369,7 +365,7 @@ class Dispatcher:
             self._follow(outcome)
             return ""
         waiter.renew(self._loop)
-        self._set_timer()
+        self._alarm.set()
         self._stop_work(run, waiter)
         # A second cancellation of the caller ends the wait; the work stays cancelled.
         await asyncio.wait({waiter.future})
@@ -385,9 +381,12 @@ class Dispatcher:
         self._say_farewell(self._send_cancel(run), "wove-cancel")
 
     def _say_farewell(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = self._spawn(work, name)
-        self._farewells.add(task)
-        task.add_done_callback(self._farewells.discard)
+        self._await_farewell(self._spawn(work, name))
+
+    def _await_farewell(self, task: asyncio.Task[None]) -> None:
+        if not task.done():
+            self._farewells.add(task)
+            task.add_done_callback(self._farewells.discard)
 
     async def _send_cancel(self, run: Run) -> None:
         try:
@@ -432,7 +431,7 @@ class Dispatcher:
                 waiter = self._waiters.get(frame["run_id"])
                 if waiter is not None:
                     waiter.report(frame)
-            self._set_timer()
+            self._alarm.set()
 
     def _follow(self, step: Outcome | Resubmission | None) -> None:
         """Do what the run table decided."""
@@ -468,48 +467,20 @@ class Dispatcher:
         )  # fmt: skip
         pause = min(AGAIN_AT_MOST, AGAIN_AFTER * 2**run.attempt) * random.uniform(0.5, 1.0)  # noqa: S311
         waiter.sending = self._spawn(self._submit_again(run, waiter.frame, pause), "wove-resubmit")
-        self._set_timer()
+        self._alarm.set()
 
     async def _submit_again(self, run: Run, frame: Frame, pause: float) -> None:
         await asyncio.sleep(pause)
         if self.table.resubmit(run.run_id) is None:
             return
-        self._set_timer()
+        self._alarm.set()
         key = frame["delivery"].get("key")
         again = _delivery(run.policy, run.attempt)
         await self._submit(run, {**frame, "delivery": again if key is None else {**again, "key": key}})
 
-    # --- clocks ------------------------------------------------------------
-
-    def _set_timer(self) -> None:
-        due = self.table.next_deadline()
-        if due is None:
-            return
-        if self._timer is not None:
-            if self._timer.when() <= due:
-                return
-            self._timer.cancel()
-        self._timer = self._loop.call_at(due, self._wake)
-
-    def _wake(self) -> None:
-        timer, self._timer = self._timer, None
-        late = self._loop.time() - timer.when() if timer is not None else 0.0
-        self._spawn(self._expire(late), "wove-expire")
-
-    async def _expire(self, late: float) -> None:
-        if late > SUSPENDED_SECONDS:
-            # The whole process stood still, it may be: what came meanwhile is still to be read.
-            await asyncio.sleep(CATCH_UP_SECONDS)
-        # What has arrived counts, however late a busy loop comes to read it.
-        for _ in range(MAX_CATCH_UP):
-            taken = self._taken
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            if taken == self._taken:
-                break
+    def _expire(self) -> None:
         for step in self.table.expire():
             self._follow(step)
-        self._set_timer()
 
 
 #: What becomes of the work, by orphan policy.

@@ -24,6 +24,7 @@ LAYERS = (
     {"adapters", "callback_server", "executors", "worker"},
     {
         "__main__",
+        "alarm",
         "cli",
         "demo",
         "dispatch",

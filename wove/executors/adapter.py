@@ -249,6 +249,9 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             else:
                 if run_id in self._open:  # its outcome may have been faster
                     self._open[run_id] = result
+                known = self._lease.find(run_id) if self._lease is not None else None
+                if known is not None and isinstance(result, str):
+                    known.job = result
                 waiting.accepted.set_result(None)
 
     def _settle_cancelled(self, frame: Frame, result: Any) -> None:

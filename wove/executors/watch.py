@@ -50,6 +50,7 @@ class WatchedRun(Protocol):
     """What the callback server knows of a run; see ``wove.callback_server.runs.OpenRun``."""
 
     run_id: str
+    job: str
     attempt: int
     cancelled: bool
     cancelled_at: float
@@ -240,7 +241,7 @@ class Watch:
 
     async def _examine(self, runs: list[WatchedRun]) -> None:
         began = time.monotonic()
-        jobs = {run.run_id: _job(run) for run in runs}
+        jobs = {run.run_id: run.job for run in runs}
         try:
             states = await self._probe(list(jobs.values()))
         except Exception as exc:
@@ -300,10 +301,6 @@ class Watch:
     def _lose(self, run: WatchedRun, word: str) -> None:
         run.forsake()
         run.sink([run.event(frames.TASK_ERROR, error=lost(word))])
-
-
-def _job(run: WatchedRun) -> str:
-    return run.run_id if run.attempt == 1 else f"{run.run_id}-{run.attempt}"
 
 
 def worker_of(runs: Callable[[str], WatchedRun | None]) -> Callable[[str], Mapping[str, Any]]:

@@ -179,6 +179,42 @@ def _offer_status(**_: Any) -> None:
     from celery.worker.control import inspect_command
 
     inspect_command(name="wove_status")(_status)
+    inspect_command(name="wove_runs", variadic="ids")(_runs)
+
+
+def _runs(state: Any, ids: list[str], **_: Any) -> dict[str, list[str]]:
+    """Say where tasks are: ``active``, ``reserved`` or ``died``, with a word about it.
+
+    Celery's own ``query_task`` calls a task active until the death of its process was dealt
+    with, which can take seconds.
+    """
+    from celery.worker import state as tasks
+
+    found = {}
+    for task_id in ids:
+        request = tasks.requests.get(task_id)
+        if request is None:
+            continue
+        if request not in tasks.active_requests:
+            found[task_id] = ["reserved", ""]
+            continue
+        death = _death(request.worker_pid)
+        found[task_id] = ["died", death] if death else ["active", ""]
+    return found
+
+
+def _death(pid: int | None) -> str:
+    """Say how a pool process ended; nothing of one that lives, or is not a process of ours."""
+    if not pid or pid == os.getpid():
+        return ""
+    try:
+        # Only looks: Celery is to reap it.
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except (OSError, AttributeError):
+        return ""
+    if ended is None:
+        return ""
+    return f"{'exit code' if ended.si_code == os.CLD_EXITED else 'signal'} {ended.si_status}"
 
 
 def _status(state: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ logger = logging.getLogger("wove.worker")
 #: Seconds that any outcome is offered, also one that hardly anybody waits for.
 LEAST_RETRY = 2.0
 #: Seconds that an outcome is offered which the backend keeps anyway when nobody takes it.
-KEPT_RETRY = 5.0
+KEPT_RETRY = 1.0
 #: Seconds between offers: up to these, at random, so that a fleet does not come back all at once.
 _DELAYS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 #: Refusals after which there is no hope: wrong signatures do not become right ones.
@@ -55,11 +55,12 @@ def patience(assignment: Assignment, begun: float, *, cancelled: bool) -> float:
     if assignment.timeout is not None:
         # Nobody waits beyond the run's own deadline.
         seconds = min(seconds, assignment.timeout - (now - begun))
+    least = LEAST_RETRY
     if assignment.keep:
-        seconds = min(seconds, KEPT_RETRY)
+        seconds = least = KEPT_RETRY
     if cancelled:
         seconds = 0.0
-    return max(seconds, min(LEAST_RETRY, retry_seconds()))
+    return max(seconds, min(least, retry_seconds()))
 
 
 def offer(post: Callable[[], Reply], assignment: Assignment, seconds: float) -> Reply | None:

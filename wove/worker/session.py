@@ -236,6 +236,7 @@ class Session:
 
     def lost(self, message: str) -> None:
         """Report, from another process than the task's, that its process died."""
+        self._started = True  # or not; nothing of this process says so
         self._finish(frames.TASK_ERROR, [], error=lost(message))
 
     def retried(self, why: BaseException | str) -> None:
