@@ -368,10 +368,12 @@ class TestFetching:
 
     def test_they_are_not_to_be_had(self, server: FakeCallbackServer) -> None:
         payload = Payload(server.url, len, bytes(1_000_000))
-        server.script["payloads"].append(Answer(404))
-        with pytest.raises(ConnectionError):
-            run(payload)
-        assert "answered 404 for the run's arguments" in outcome(server, payload)["error"]["message"]
+        server.script["payloads"].extend([Answer(404)] * 10)
+        assert run(payload) is False
+        # Nothing of the task ran: its delivery failed, and may be made again.
+        error = outcome(server, payload)["error"]
+        assert (error["kind"], error["source"]) == ("WorkerLostError", "backend")
+        assert "did not hand out the run's arguments" in error["message"]
 
     def test_they_are_gone_with_the_run(self, server: FakeCallbackServer) -> None:
         # It was cancelled meanwhile: neither a success nor a failure.

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from wove.errors import PayloadRejectedError
-from wove.worker.assignment import Assignment, NotWanted
+from wove.worker.assignment import Assignment, FetchFailed, NotWanted
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
 from wove.worker.hooks import BackendHooks
@@ -162,6 +162,10 @@ def _load(session: Session) -> _Call | None:
         return _Call(*session.assignment.load())
     except NotWanted:
         session.acknowledge_cancel()
+        return None
+    except FetchFailed as exc:
+        # The delivery failed, and not the task: it may be made again.
+        session.lost(str(exc))
         return None
     except BaseException as exc:
         worker = session.worker

@@ -1,4 +1,4 @@
-"""How long, and how often, a worker offers an outcome to a callback server that does not take it."""
+"""How long, and how often, a worker turns to a callback server that does not answer."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ KEPT_RETRY = 1.0
 FIRST_DELAY = 0.1
 LONGEST_DELAY = 30.0
 DELAY_SHARE = 0.5
+#: The part of the time left that a worker waits at most: a short outage must not outlast a deadline.
+LEFT_SHARE = 0.3
+LEAST_DELAY = 0.05
 #: Refusals after which there is no hope: wrong signatures do not become right ones.
 _MAX_REFUSALS = 3
 
@@ -66,13 +69,16 @@ def patience(assignment: Assignment, begun: float, *, cancelled: bool) -> float:
     return max(seconds, min(least, retry_seconds()))
 
 
-def offer(post: Callable[[], Reply], assignment: Assignment, seconds: float) -> Reply | None:
-    """Post until the callback server has decided.
+def offer(
+    post: Callable[[], Reply], assignment: Assignment, seconds: float, what: str = "the outcome"
+) -> Reply | None:
+    """Make a request until the callback server has decided.
 
     Args:
         post: makes one request.
         assignment: the run.
         seconds: how long to try.
+        what: what is offered, or asked for, for the log.
 
     Returns:
         Its answer: taken (2xx), not wanted (410), or too large (413); None when it gave none in time.
@@ -102,15 +108,15 @@ def offer(post: Callable[[], Reply], assignment: Assignment, seconds: float) -> 
         left = give_up - time.monotonic()
         if refusals >= _MAX_REFUSALS or left <= 0:
             logger.error(
-                "the outcome of run %s could not be delivered to %s: %s",
-                assignment.run_id, assignment.origin, problem,
+                "%s of run %s could not be exchanged with %s: %s",
+                what, assignment.run_id, assignment.origin, problem,
             )  # fmt: skip
             return None
         logger.log(
             logging.WARNING if attempt == 0 else logging.DEBUG,
-            "delivering the outcome of run %s failed, trying again: %s", assignment.run_id, problem,
+            "exchanging %s of run %s failed, trying again: %s", what, assignment.run_id, problem,
         )  # fmt: skip
-        time.sleep(min(delay, left))
+        time.sleep(min(delay, max(LEAST_DELAY, left * LEFT_SHARE), left))
         attempt += 1
 
 
