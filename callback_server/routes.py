@@ -18,18 +18,16 @@ import asyncio
 import json
 import logging
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from wove import frames
-from wove.callback_server.decoding import MAX_EXECUTION, decode_batch, open_parked
-from wove.callback_server.guard import Guard, refusal
+from wove.callback_server.beats import Beats
+from wove.callback_server.decoding import decode_batch, open_parked
+from wove.callback_server.replies import ENDED, gone, reply, unauthorized
 from wove.errors import ProtocolError, cut, lost, normalize_exception
 from wove.security import (
-    beat_tag,
-    cancel_tag,
     event_tag,
     fetch_tag,
     reply_tag,
@@ -40,6 +38,7 @@ from wove.threads import in_thread
 
 if TYPE_CHECKING:
     from wove.callback_server.contacts import Contacts
+    from wove.callback_server.guard import Guard
     from wove.callback_server.runs import Execution, OpenRun, OpenRuns
     from wove.frames import Frame
 
@@ -49,9 +48,6 @@ logger = logging.getLogger("wove.callback_server")
 MAX_NEWS = 256 * 1024
 #: Bodies from this size, in bytes, are verified and decoded in a thread of their own.
 THREAD_FROM = 1024 * 1024
-#: Seconds a beat is held at most, whatever the worker asks for.
-MAX_HOLD = 30.0
-MAX_RUNS_IN_BEAT = 256
 #: Seconds since its last word within which an execution without an open connection may yet speak.
 FRESH_CONTACT = 2.0
 #: Seconds since its last word within which an execution with an open connection is at work.
@@ -60,30 +56,6 @@ ALIVE_CONTACT = 8.0
 ASK_AGAIN = 0.5
 #: Seconds that an outcome gets to arrive after a backend has said that the run failed.
 FAILURE_GRACE = 1.0
-
-#: Tells a worker that a run is over, and not merely of no interest here.
-_ENDED = {"Wove-Ended": "1"}
-
-
-@dataclass(slots=True)
-class _Beat:
-    """One verified line of a beat."""
-
-    run: OpenRun
-    name: str
-    execution: Execution
-    count: int
-    key: bytes
-    told: bool
-
-    @property
-    def to_cancel(self) -> bool:
-        # What an earlier attempt does is of no use any more, either.
-        return (self.run.cancelled or self.execution.attempt < self.run.attempt) and not self.told
-
-    def cancel_line(self) -> str:
-        tag = cancel_tag(self.key, self.run.run_id, self.name, self.count)
-        return f"cancel {self.name} {tag.hex()}"
 
 
 class Routes:
@@ -98,7 +70,7 @@ class Routes:
         """Return the routes."""
         return [
             web.post("/wove/v1/events/{run_id}", self.events),
-            web.post("/wove/v1/beats", self.beats),
+            web.post("/wove/v1/beats", Beats(self._runs, self._guard, self._contacts).hold),
             web.get("/wove/v1/payloads/{run_id}", self.payload),
             web.post("/wove/v1/failed/{job_id}", self.failed),
             web.get("/healthz", self.health),
@@ -147,14 +119,14 @@ class Routes:
             run.worker = {}
         run.sink(batch)
         if run.cancelled or last["attempt"] < run.attempt:
-            return _reply(200, {"Wove-Cancel": reply_tag(key, tag, b"cancel").hex()})
-        return _reply(204)
+            return reply(200, {"Wove-Cancel": reply_tag(key, tag, b"cancel").hex()})
+        return reply(204)
 
     def _end(self, run: OpenRun, batch: list[Frame]) -> web.Response:
         last = batch[-1]
         failed = last["type"] == frames.TASK_ERROR
         if failed and last["attempt"] < run.attempt:
-            return _reply(204)  # a newer attempt is at work
+            return reply(204)  # a newer attempt is at work
         if failed and last["error"].get("source") == "backend":
             # A lost worker is no outcome before the run has no attempt left.
             if run.lost < run.attempt:
@@ -163,7 +135,7 @@ class Routes:
                 run.sink(batch)
         else:
             self._close_with(run, batch)
-        return _reply(204)
+        return reply(204)
 
     def _check_leave(self, run: OpenRun, asking: Execution | None, frame: Frame) -> None:
         """A worker asks before it starts: may it?"""
@@ -177,9 +149,9 @@ class Routes:
                     )
                 ],
             )
-            raise web.HTTPGone(headers=_ENDED)
+            raise web.HTTPGone(headers=ENDED)
         if frame["attempt"] < run.attempt:
-            raise web.HTTPGone(headers=_ENDED)
+            raise web.HTTPGone(headers=ENDED)
         now = time.monotonic()
         for other in run.living():
             if other is asking:
@@ -208,72 +180,6 @@ class Routes:
         if self._runs.get(run_id) is run:
             self._close_with(run, batch)
 
-    # --- the open beat ----------------------------------------------------------
-
-    async def beats(self, request: web.Request) -> web.Response:
-        """Hold the request until a run of it is cancelled, all are closed, or its time is up."""
-        body = await self._guard.read_body(request, MAX_NEWS)
-        hold, beating = self._read_beat(request, body)
-        wake = asyncio.Event()
-        for beat in beating:
-            beat.run.watchers.add(wake)
-            self._contacts.heard(request.protocol, beat.run, beat.execution)
-            if not beat.execution.over:
-                beat.run.sink([beat.run.event(frames.HEARTBEAT)])
-        try:
-            async with asyncio.timeout(hold):
-                while not any(beat.to_cancel for beat in beating) and self._any_open(beating):
-                    await wake.wait()
-                    wake.clear()
-        except TimeoutError:
-            pass
-        except asyncio.CancelledError:
-            # The worker's end of the connection is closed.
-            self._contacts.lost(request.protocol)
-            raise
-        finally:
-            for beat in beating:
-                beat.run.watchers.discard(wake)
-        return _reply(200, text="\n".join(beat.cancel_line() for beat in beating if beat.to_cancel))
-
-    def _any_open(self, beating: list[_Beat]) -> bool:
-        return any(self._runs.get(beat.run.run_id) is beat.run for beat in beating)
-
-    def _read_beat(self, request: web.Request, body: bytearray) -> tuple[float, list[_Beat]]:
-        """Read ``hold SECONDS`` and ``run|stopping ID EXECUTION ATTEMPT COUNT KID TAG`` lines, verified."""
-        hold = MAX_HOLD
-        beating = []
-        gone = False
-        for line in bytes(body).decode("ascii", "replace").split("\n")[: MAX_RUNS_IN_BEAT + 1]:
-            words = line.split(" ")
-            if words[0] == "hold" and len(words) == 2:
-                hold = _seconds(words[1])
-            elif words[0] in ("run", "stopping") and len(words) == 7:
-                beat = self._verified_beat(*words)
-                gone = gone or beat is None
-                if beat is not None:
-                    beating.append(beat)
-        if not beating:
-            raise self._gone(request) if gone else refusal(web.HTTPBadRequest())
-        return hold, beating
-
-    def _verified_beat(
-        self, word: str, run_id: str, name: str, attempt: str, count: str, kid: str, tag: str
-    ) -> _Beat | None:
-        run = self._runs.get(run_id)
-        key = run.key(kid) if run is not None else None
-        if run is None or key is None or not all(n.isdecimal() and len(n) < 12 for n in (attempt, count)):
-            return None
-        number = int(count)
-        expected = beat_tag(key, run_id, name, int(attempt), number).hex().encode()
-        if len(name) > MAX_EXECUTION or not same(expected, tag.encode("utf-8", "replace")):
-            return None
-        execution = run.execution(name, int(attempt))
-        if execution is None or number <= execution.beats:
-            return None
-        execution.beats = number
-        return _Beat(run, name, execution, number, key, told=word == "stopping")
-
     # --- large payloads ---------------------------------------------------------
 
     async def payload(self, request: web.Request) -> web.StreamResponse:
@@ -281,7 +187,7 @@ class Routes:
         run = self._open_run(request)
         key = _known_key(request, run)
         if not same(fetch_tag(key, run.run_id), _given_tag(request)):
-            raise _unauthorized(request)
+            raise unauthorized(request)
         message = run.message
         if message is None or run.cancelled:
             raise self._gone(request)
@@ -304,7 +210,7 @@ class Routes:
         run = self._runs.get(job)
         if run is None:
             # RQ also tells of failures that were reported long before; that is no mistake.
-            return _reply(204)
+            return reply(204)
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         key = run.key(run.ring.primary.kid)
         if (
@@ -314,10 +220,10 @@ class Routes:
                 webhook_token(key, request.match_info["job_id"]).encode(), token.encode("utf-8", "replace")
             )
         ):
-            raise _unauthorized(request)
+            raise unauthorized(request)
         reason = _failure_text(body)
         asyncio.get_running_loop().call_later(FAILURE_GRACE, self._lose, run, attempt, reason)
-        return _reply(204)
+        return reply(204)
 
     def _lose(self, run: OpenRun, attempt: int, reason: str) -> None:
         if self._runs.get(run.run_id) is not run or run.attempt != attempt:
@@ -335,17 +241,13 @@ class Routes:
         return run
 
     def _gone(self, request: web.Request) -> web.HTTPException:
-        # Work that is kept when its submitter goes has to know whether it is over.
-        headers = _ENDED if self._runs.has_ended(request.match_info.get("run_id", "")) else None
-        return (
-            refusal(web.HTTPGone(headers=headers)) if request.body_exists else web.HTTPGone(headers=headers)
-        )
+        return gone(request, ended=self._runs.has_ended(request.match_info["run_id"]))
 
 
 def _known_key(request: web.Request, run: OpenRun) -> bytes:
     key = run.key(request.headers.get("Wove-Key", ""))
     if key is None:
-        raise _unauthorized(request)
+        raise unauthorized(request)
     return key
 
 
@@ -361,7 +263,7 @@ def _verify_and_decode(
 ) -> list[Frame]:
     codec = request.content_type
     if not same(event_tag(key, run.run_id, codec, final, [body]), tag):
-        raise _unauthorized(request)
+        raise unauthorized(request)
     try:
         return decode_batch(body, codec, run.run_id, final=final)
     except ProtocolError as exc:
@@ -383,22 +285,3 @@ def _failure_text(body: bytearray) -> str:
     except (ValueError, AttributeError, RecursionError):
         text = None
     return cut(text) if isinstance(text, str) and text.strip() else "no reason given"
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        return MAX_HOLD
-    return min(MAX_HOLD, max(0.1, value)) if value == value else MAX_HOLD
-
-
-def _reply(status: int, headers: dict[str, str] | None = None, text: str | None = None) -> web.Response:
-    # Workers learn our clock from this, to tell how long a payload has waited.
-    return web.Response(
-        status=status, headers={"Wove-Time": f"{time.time():.6f}", **(headers or {})}, text=text
-    )
-
-
-def _unauthorized(request: web.Request) -> web.HTTPException:
-    return refusal(web.HTTPUnauthorized())

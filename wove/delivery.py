@@ -19,8 +19,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wove import frames
-from wove.errors import DeliveryTimeoutError, ProtocolError, WorkerLostError, safe_text
+from wove.errors import DeliveryTimeoutError, ProtocolError, safe_text
 from wove.remote_errors import error_from_frame
+from wove.run_errors import add_history, is_loss, lost_error, name_of, where
 
 if TYPE_CHECKING:
     from wove.policy import DeliveryPolicy
@@ -257,18 +258,18 @@ class RunTable:
             return Applied(True, self._close(run.run_id, "result", value=frame["result"]))
         if kind == frames.TASK_CANCELLED:
             return Applied(True, self._close(run.run_id, "cancelled"))
-        if _is_loss(frame["error"]):
+        if is_loss(frame["error"]):
             reason = safe_text(frame["error"].get("message", ""), 2_000)
             step = self._lose(run, reason, lambda: self._lost_error(run, reason, frame["error"]))
             return Applied(True, again=step) if isinstance(step, Resubmission) else Applied(True, step)
-        exception = error_from_frame(frame, where=self._where(run, frame["attempt"]))
-        _add_history(exception, run)
+        exception = error_from_frame(frame, where=where(self._environment, run, frame["attempt"]))
+        add_history(exception, run)
         return Applied(True, self._close(run.run_id, "error", exception=exception))
 
     def _sign_of_life(self, run: Run, frame: Mapping[str, Any]) -> None:
         run.attempt = max(run.attempt, frame["attempt"])
         worker = frame.get("worker")
-        if frame["type"] in frames.TERMINAL and _is_loss(frame.get("error")):
+        if frame["type"] in frames.TERMINAL and is_loss(frame.get("error")):
             # The word of somebody else: of the parent, whose process is not the one that died.
             if isinstance(worker, Mapping) and not run.worker:
                 run.worker = {key: value for key, value in worker.items() if key != "pid"}
@@ -310,7 +311,7 @@ class RunTable:
         self._remember(run, reason)
         if run.attempt > run.policy.retries or run.state is RunState.CANCELLING:
             exception = error()
-            _add_history(exception, run)
+            add_history(exception, run)
             return self._close(run.run_id, "error", exception=exception, cancel_work=cancel_work)
         run.state = RunState.LOST
         run.submitted_at = run.started_at = run.last_seen = None
@@ -330,38 +331,7 @@ class RunTable:
         run.history.append(entry)
 
     def _lost_error(self, run: Run, word: str, error: Mapping[str, Any] | None = None) -> Exception:
-        """Build the error of a run whose worker died: who, when last seen, and in whose word."""
-        worker = run.worker
-        who = "its worker"
-        if worker:
-            who += f" on {worker.get('host')}" + (f" (pid {worker['pid']})" if "pid" in worker else "")
-        seen = ""
-        if run.last_seen is not None:
-            seen = f", {max(0.0, self._clock() - run.last_seen):.1f} s after its last sign of life"
-        payload = {
-            "traceback": "",
-            **(error or {}),
-            "kind": WorkerLostError.__name__,
-            "message": f"{self._name(run)}: {who} was lost in attempt {run.attempt}{seen}: {word}",
-            "retryable": True,
-            "source": "backend",
-            "attempt": run.attempt,
-            "worker": dict(worker),
-        }
-        return error_from_frame({"error": payload}, where=self._where(run, run.attempt))
-
-    def _name(self, run: Run) -> str:
-        return f"run {run.run_id} of {run.task_id} in environment {self._environment!r}"
-
-    def _where(self, run: Run, attempt: int) -> str:
-        worker = run.worker
-        if not worker:
-            return ""
-        text = f"in run {run.run_id} of {run.task_id}, environment {self._environment!r}"
-        text += f", on worker {worker.get('host')}" + (f" pid {worker['pid']}" if "pid" in worker else "")
-        if worker.get("job"):
-            text += f", {worker.get('backend')} job {worker['job']}"
-        return f"{text}, attempt {attempt}"
+        return lost_error(self._environment, run, word, self._clock(), error)
 
     # --- clocks ------------------------------------------------------------------
 
@@ -424,8 +394,8 @@ class RunTable:
                 f"(delivery_heartbeat_seconds={run.policy.heartbeat_seconds:g})"
             )
             return self._lose(run, word, lambda: self._lost_error(run, word))
-        exception = DeliveryTimeoutError(f"{self._name(run)} {self._overdue(run, reason)}")
-        _add_history(exception, run)
+        exception = DeliveryTimeoutError(f"{name_of(self._environment, run)} {self._overdue(run, reason)}")
+        add_history(exception, run)
         return self._close(run.run_id, "timeout", exception=exception, cancel_work=True)
 
     def _overdue(self, run: Run, reason: str) -> str:
@@ -457,27 +427,3 @@ class RunTable:
         if len(self._closed) > TOMBSTONES:
             self._closed.popitem(last=False)
         return Outcome(run, kind, value, exception, cancel_work)
-
-
-def _is_loss(error: Any) -> bool:
-    """Tell whether an error is not the task's own, but the end of whoever ran it."""
-    return (
-        isinstance(error, Mapping)
-        and error.get("kind") == WorkerLostError.__name__
-        and error.get("source") == "backend"
-    )
-
-
-def _add_history(exception: BaseException, run: Run) -> None:
-    """Say in the error how earlier attempts ended, where there were any."""
-    payload = getattr(exception, "payload", None)
-    if isinstance(exception, WorkerLostError) and isinstance(payload, dict):
-        payload["attempts"] = [dict(entry) for entry in run.history]
-    if len(run.history) < 2 and run.attempt == 1:
-        return
-    lines = [f"{len(run.history)} executions came to nothing:"]
-    for entry in run.history:
-        where = f" on {entry['host']}" if "host" in entry else ""
-        where += f" (pid {entry['pid']})" if "pid" in entry else ""
-        lines.append(f"  attempt {entry['attempt']}{where}, after {entry['seconds']:g} s: {entry['reason']}")
-    exception.add_note("\n".join(lines))

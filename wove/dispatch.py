@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 from wove import frames
 from wove.alarm import Alarm
+from wove.commands import again_frame, cancel_frame, run_frame
 from wove.delivery import WHY_SILENT, Outcome, Resubmission, RunState, RunTable
 from wove.errors import (
     ConfigurationError,
@@ -189,9 +190,8 @@ class Dispatcher:
     async def _requeue(self, run: Run, frame: Frame) -> None:
         """Put started work back on the queue; nobody waits for it."""
         try:
-            await self.executor.send(_cancel_frame(run))
-            again = {**_delivery(run.policy, run.attempt + 1), "attended": False}
-            await self.executor.send({**frame, "delivery": again})
+            await self.executor.send(cancel_frame(run))
+            await self.executor.send(again_frame(frame, run.policy, run.attempt + 1, attended=False))
         except Exception:
             logger.warning("environment %r: requeueing run %s failed", self.name, run.run_id, exc_info=True)
 
@@ -281,18 +281,7 @@ class Dispatcher:
                 f"environment {self.name!r} was started in another event loop: start the runtime in the loop that uses it"
             )
         run = self.table.open(secrets.token_hex(16), task_id or callable_name(func), policy)
-        frame: Frame = {
-            "type": frames.RUN_TASK,
-            "run_id": run.run_id,
-            "task_id": run.task_id,
-            "callable": func,
-            "args": dict(keywords),
-            "delivery": _delivery(policy, run.attempt),
-        }
-        if positional:
-            frame["positional"] = tuple(positional)
-        if key is not None:
-            frame["delivery"]["key"] = key
+        frame = run_frame(run, func, positional, keywords, key)
         waiter = Waiter(self._loop.create_future(), on_progress)
         if policy.sends_again:
             waiter.frame = frame
@@ -390,7 +379,7 @@ class Dispatcher:
 
     async def _send_cancel(self, run: Run) -> None:
         try:
-            await self.executor.send(_cancel_frame(run))
+            await self.executor.send(cancel_frame(run))
         except Exception:
             logger.warning("environment %r: cancelling run %s failed", self.name, run.run_id, exc_info=True)
 
@@ -474,9 +463,7 @@ class Dispatcher:
         if self.table.resubmit(run.run_id) is None:
             return
         self._alarm.set()
-        key = frame["delivery"].get("key")
-        again = _delivery(run.policy, run.attempt)
-        await self._submit(run, {**frame, "delivery": again if key is None else {**again, "key": key}})
+        await self._submit(run, again_frame(frame, run.policy, run.attempt))
 
     def _expire(self) -> None:
         for step in self.table.expire():
@@ -495,25 +482,3 @@ def _asked_to_stop() -> bool:
     """Tell whether the current task was cancelled, and not just met a CancelledError."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def _cancel_frame(run: Run) -> Frame:
-    return {
-        "type": frames.CANCEL_TASK,
-        "run_id": run.run_id,
-        "task_id": run.task_id,
-        "delivery": _delivery(run.policy, run.attempt),
-    }
-
-
-def _delivery(policy: DeliveryPolicy, attempt: int) -> dict[str, Any]:
-    return {
-        "attempt": attempt,
-        # Whether a failed delivery of this attempt is followed by another one.
-        "again": attempt <= policy.retries,
-        "timeout": policy.timeout,
-        "start_timeout": policy.start_timeout,
-        "keep": policy.keeps_work,
-        "heartbeat_seconds": policy.heartbeat_seconds,
-        "cancel_mode": policy.cancel_mode,
-    }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: From the bottom up. A module may import what stands below it and what stands beside it.
 LAYERS = (
     {"errors", "frames", "plain_data", "threads"},
-    {"delivery", "policy", "remote_errors", "security", "wire"},
+    {"delivery", "policy", "remote_errors", "run_errors", "security", "wire"},
     {"backend"},
     # These four are siblings, which know nothing of each other.
     {"adapters", "callback_server", "executors", "worker"},
@@ -26,6 +26,7 @@ LAYERS = (
         "__main__",
         "alarm",
         "cli",
+        "commands",
         "demo",
         "dispatch",
         "doctor",
