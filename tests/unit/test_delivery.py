@@ -122,7 +122,7 @@ class TestOutcomes:
         assert where == (
             f"in run {RUN} of app.task, environment 'reports', on worker w1 pid 7, celery job j1, attempt 2"
         )
-        assert history == "1 executions came to nothing:\n  attempt 1, after 0 s: signal 9 (SIGKILL)"
+        assert history == "1 execution came to nothing:\n  attempt 1, after 0 s: signal 9 (SIGKILL)"
 
     def test_an_error_of_the_first_attempt_says_where_and_no_more(self, table: RunTable) -> None:
         opened(table)
@@ -668,13 +668,27 @@ class TestRefusals:
         assert run.state == "lost"
         table.resubmit(RUN)
         error = SubmitError("still down")
-        assert ended(table.refuse(RUN, error)).exception is error
+        assert table.refuse(RUN, SubmitError("the first one's answer, late"), 1) is None
+        assert ended(table.refuse(RUN, error, 2)).exception is error
         (note,) = error.__notes__
         assert note == (
             "2 executions came to nothing:\n"
             "  attempt 1, after 0 s: the broker is down\n"
             "  attempt 2, after 0 s: still down"
         )
+
+    def test_a_worker_has_it_whatever_the_backend_says(self, table: RunTable) -> None:
+        table.open(RUN, "app.task", DeliveryPolicy(retries=1))
+        table.apply(event("task_started"))
+        assert table.refuse(RUN, SubmitError("its answer was lost", maybe_accepted=True)) is None
+        outcome = outcome_of(table, event("task_result", seq=2))
+        assert outcome is not None
+        assert outcome.kind == "result"
+
+    def test_what_cannot_be_sent_is_not_sent_again(self, table: RunTable) -> None:
+        table.open(RUN, "app.task", DeliveryPolicy(retries=3))
+        error = TypeError("an argument")
+        assert ended(table.refuse(RUN, error, final=True)).exception is error
 
     def test_a_run_that_has_ended_can_not_be_refused(self, table: RunTable) -> None:
         opened(table)
@@ -1193,11 +1207,12 @@ class DeliveryMachine(RuleBasedStateMachine):
     def the_backend_refuses(self, which: int) -> None:
         run_id = self.pick(which, lambda model: model.open and model.queued and not model.lost)
         model, state = self.runs[run_id], self.state(run_id)
-        if model.open and (not model.queued or model.started or model.lost):
+        if model.open and not (model.queued or model.started or model.lost):
             return  # nobody hands such a run over
-        expected = model.lose() if model.open else "nothing"
+        expected = model.lose() if model.open and not (model.started or model.lost) else "nothing"
         self.met[f"refusal while {state}: {expected}"] += 1
-        self.follow(run_id, self.table.refuse(run_id, SubmitError("the broker is down")), expected)
+        refused = self.table.refuse(run_id, SubmitError("the broker is down"), model.attempt)
+        self.follow(run_id, refused, expected)
 
     @precondition(lambda self: self.runs)
     @step("submitted_again")

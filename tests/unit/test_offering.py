@@ -19,6 +19,7 @@ from wove.worker.offering import (
     LEAST_RETRY,
     LEFT_SHARE,
     LONGEST_DELAY,
+    REFUSED_DELAY,
     offer,
     patience,
     retry_after,
@@ -114,7 +115,8 @@ class TestOffers:
         reply = offer(server, task(), 300)
         assert reply is not None
         assert (reply.status, server.asked) == (status, 3)
-        assert clock.pauses == [FIRST_DELAY, FIRST_DELAY]
+        refused = trouble in (400, 401)  # a gateway may answer so for a moment
+        assert clock.pauses == [REFUSED_DELAY[1] if refused else FIRST_DELAY] * 2
         assert offering.down_since == {}
 
     @pytest.mark.parametrize("seconds", [0.5, 2.0, 60.0, 300.0])

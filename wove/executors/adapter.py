@@ -339,7 +339,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         known = lease.find(frame["run_id"])
         # Before it is submitted: a fast worker may report before the broker has answered us.
         if known is not None:
-            known.renew(attempt, built.message)
+            lease.renew_run(known, attempt, built.message)
         else:
             known = OpenRun(
                 run_id=frame["run_id"],
