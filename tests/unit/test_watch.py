@@ -454,7 +454,7 @@ class TestRunsThatDoNotStart:
         backend.says("queued", word)
         watch = watching(backend)
         watch.opened(run)
-        await pass_time(34)
+        await pass_time(15.5)
         assert (len(backend.asked), run.told) == (2, [])
         await pass_time(2)
         assert (len(backend.asked), run.kinds) == (3, [frames.TASK_ERROR])

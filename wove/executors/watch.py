@@ -298,6 +298,8 @@ class Watch:
             # A lost connection and the backend's word are two witnesses; silence is none.
             if run.suspect_since is not None or look.over > 1:
                 self._lose(run, state.detail or state.state)
+            else:
+                look.next_at = now + AGAIN[0]  # to be heard once more
             return
         look.over = 0
         if not run.started or run.suspect_since is None:
