@@ -55,6 +55,7 @@ def encode_run(frame: Frame) -> list[Buffer]:
         "attempt": delivery.get("attempt", 1),
         "heartbeat": delivery.get("heartbeat_seconds"),
         "keep": delivery.get("keep", False),
+        "max_body": frame.get("max_body"),
         "callable": encode_callable(frame["callable"], attachments),
         "args": encode_arguments(list(frame.get("positional", ())), dict(frame["args"]), attachments),
     }
@@ -116,6 +117,17 @@ class Packet:
         if not frames.is_run_id(run_id):
             raise ProtocolError(f"{self.kind[:40]}: run_id is not 32 hexadecimal characters")
         return str(run_id)
+
+    @property
+    def task_id(self) -> str:
+        """The name of its task."""
+        return safe_text(self.envelope.get("task_id"), 1_000)
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt of its run it speaks of, from 1."""
+        attempt = self.envelope.get("attempt")
+        return attempt if isinstance(attempt, int) and attempt > 0 else 1
 
     @property
     def run_ids(self) -> list[str]:

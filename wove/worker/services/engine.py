@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     #: Takes an event: its type, its bytes, and whether it ends the run. From any thread.
     Emit = Callable[[str, Sequence[Buffer]], None]
 
+#: Synchronous callables that run at once in a process, unless ``threads`` says otherwise.
+DEFAULT_THREADS = 40
+
 
 class Engine(Protocol):
     """Runs tasks; its methods neither block nor wait."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import sys
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from wove.worker.context import MAX_MESSAGE, current
 
@@ -87,9 +87,8 @@ class TaskOutput(io.TextIOBase):
 
 def capture_output() -> None:
     """Tell the output of runs by run from now on; C code's is passed on line by line."""
-    stdout: IO[str] = TaskOutput(sys.stdout)
-    stderr: IO[str] = TaskOutput(sys.stderr)
-    sys.stdout, sys.stderr = stdout, stderr
+    sys.stdout = cast("TextIO", TaskOutput(sys.stdout))
+    sys.stderr = cast("TextIO", TaskOutput(sys.stderr))
     try:
         library = ctypes.CDLL(None)
         stream = ctypes.c_void_p.in_dll(library, "stdout")

@@ -115,10 +115,7 @@ class ChildProcesses:
 
     def run(self, packet: Packet, emit: Emit) -> None:
         """Run a command; see :meth:`Engine.run`."""
-        attempt = packet.envelope.get("attempt")
-        known = type(attempt) is int and attempt > 0
-        task_id = str(packet.envelope.get("task_id"))
-        self.run_parts(packet.run_id, task_id, attempt if known else 1, [packet.raw], emit)
+        self.run_parts(packet.run_id, packet.task_id, packet.attempt, [packet.raw], emit)
 
     def run_parts(self, run_id: str, task_id: str, attempt: int, parts: Sequence[Buffer], emit: Emit) -> None:
         """Run a command that was encoded in this process."""

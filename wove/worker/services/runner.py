@@ -24,6 +24,7 @@ from wove.wire import decode_callable, decode_value, encode_value, pack_message
 from wove.worker.allowed import decode_plain, encode_plain
 from wove.worker.context import RunContext, bind
 from wove.worker.execution import load_call, report_failure, supervise
+from wove.worker.services.engine import DEFAULT_THREADS
 from wove.worker.services.output import finish_lines
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("wove.worker")
 
-#: Synchronous callables that run at once, unless ``threads`` says otherwise.
-DEFAULT_THREADS = 40
 #: Seconds between two beats of a run, at most.
 BEAT_SECONDS = 5.0
 #: Threads that encode the outcomes of coroutines: a slow one does not hold up the others.
@@ -108,12 +107,12 @@ class _Run:
     def __init__(self, runner: Runner, packet: Packet, emit: Emit) -> None:
         envelope = packet.envelope
         self.run_id = packet.run_id
-        self.task_id = str(envelope.get("task_id"))
-        attempt = envelope.get("attempt")
-        self._attempt = attempt if type(attempt) is int and attempt > 0 else 1
+        self.task_id = packet.task_id
+        self._attempt = packet.attempt
         heartbeat = envelope.get("heartbeat")
-        known = type(heartbeat) in (int, float) and heartbeat > 0
-        self.beat_every: float = min(BEAT_SECONDS, heartbeat / 3) if known else BEAT_SECONDS
+        self.beat_every = BEAT_SECONDS
+        if isinstance(heartbeat, (int, float)) and heartbeat > 0:
+            self.beat_every = min(BEAT_SECONDS, heartbeat / 3)
         self.next_beat = 0.0
         self.context = RunContext(self.run_id, self.task_id, self._attempt, self._report)
         self.on_cancel: Callable[[], None] | None = None
