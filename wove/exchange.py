@@ -276,3 +276,22 @@ class PacketReader:
             self._body = bytearray(size)
             self._at = 0
         return view[wanted:]
+
+
+def chunked(pieces: Sequence[Buffer], size: int) -> Iterator[bytes | memoryview]:
+    """Cut the bytes of a stream into chunks of at most ``size``, small pieces joined."""
+    small: list[Buffer] = []
+    waiting = 0
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
+        if waiting and waiting + view.nbytes > size:
+            yield b"".join(small)
+            small, waiting = [], 0
+        if view.nbytes > size:
+            for at in range(0, view.nbytes, size):
+                yield view[at : at + size]
+            continue
+        small.append(view)
+        waiting += view.nbytes
+    if small:
+        yield b"".join(small)

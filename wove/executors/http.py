@@ -6,7 +6,8 @@ import asyncio
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove.errors import ConfigurationError, MissingDispatchFeatureError
-from wove.executors.network import NetworkExecutor, Request, join_small, refused
+from wove.exchange import chunked
+from wove.executors.network import NetworkExecutor, Request, refused
 from wove.executors.policy import TLS_KEYS, Endpoint, check_policy, client_tls, read_endpoint, read_headers
 from wove.executors.settings import whole_number
 from wove.network_security import NetworkSecurityError, Seal
@@ -14,16 +15,18 @@ from wove.threads import in_thread
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
     from types import ModuleType
 
     from aiohttp import BaseConnector, ClientResponse, ClientSession
+    from typing_extensions import Buffer
 
 #: Requests that are open at once; each may hold several runs.
 CONNECTIONS = 1000
 #: Seconds that an idle connection is kept; less than a service keeps it.
 KEEP_ALIVE = 30.0
-#: Bytes read ahead of an answer.
+#: Bytes that are written at once, and read ahead of an answer.
+CHUNK = 256 * 1024
 READ_AHEAD = 512 * 1024
 
 
@@ -155,8 +158,7 @@ class HttpEnvironmentExecutor(NetworkExecutor):
     async def _post(self, session: ClientSession, request: Request, signed: dict[str, str]) -> ClientResponse:
         aiohttp = self._aiohttp
         patience = request.patience(self.timeout)
-        pieces = join_small(request.body)
-        data: Any = pieces[0] if len(pieces) == 1 and isinstance(pieces[0], bytes) else _slices(pieces)
+        data: Any = b"".join(request.body) if request.size < CHUNK else _slices(request.body)
         headers = {
             **self._headers,
             **signed,
@@ -214,8 +216,7 @@ def explain(exc: BaseException, timeout: float) -> str:
     return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
 
 
-async def _slices(pieces: list[bytes | memoryview]) -> AsyncIterator[bytes | memoryview]:
-    # In slices, so that the loop has turns in between.
-    for piece in pieces:
-        for at in range(0, len(piece), 256 * 1024):
-            yield piece[at : at + 256 * 1024]
+async def _slices(pieces: Sequence[Buffer]) -> AsyncIterator[bytes | memoryview]:
+    # In chunks, so that the loop has turns in between.
+    for chunk in chunked(pieces, CHUNK):
+        yield chunk

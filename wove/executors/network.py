@@ -20,7 +20,7 @@ from wove.threads import DaemonPool, in_thread
 from wove.wire import require_msgpack
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 
     from typing_extensions import Buffer
 
@@ -344,20 +344,3 @@ def _accept(batch: list[_Sent]) -> None:
 def refused(status: str, text: str, *, trusted: bool) -> RefusedError:
     """Return the error for a service that answered with something else than events."""
     return RefusedError(f"it answered {status}" + (f": {text[:500]}" if trusted and text else ""))
-
-
-def join_small(parts: Sequence[Buffer]) -> list[bytes | memoryview]:
-    """Join small buffers, and leave large ones as they are."""
-    joined: list[bytes | memoryview] = []
-    small: list[Buffer] = []
-    for part in parts:
-        if memoryview(part).nbytes < 64 * 1024:
-            small.append(part)
-            continue
-        if small:
-            joined.append(b"".join(small))
-            small = []
-        joined.append(memoryview(part).cast("B"))
-    if small:
-        joined.append(b"".join(small))
-    return joined

@@ -11,13 +11,13 @@ from aiohttp import web
 
 from wove.callback_server.guard import Guard, refusal
 from wove.errors import ProtocolError
-from wove.exchange import Packet, framed, split_packets
+from wove.exchange import Packet, chunked, split_packets
 from wove.network_security import NetworkSecurityError, Seal
 from wove.worker.services.hub import Listener
-from wove.worker.services.service import CUT_SECONDS, PING_SECONDS, Service, maybe_in_thread
+from wove.worker.services.service import CUT_SECONDS, PING_SECONDS, Service, maybe_in_thread, sealed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator
 
     from typing_extensions import Buffer
 
@@ -28,8 +28,10 @@ logger = logging.getLogger("wove.worker")
 CONTENT_TYPE = "application/vnd.wove.packets"
 #: Seconds in which a run may end so that its whole answer leaves in one piece.
 QUICK_SECONDS = 0.02
-#: Parts of an answer up to this size, in bytes, are joined before they are written.
-_JOIN_BELOW = 64 * 1024
+#: Answers up to this size, in bytes, leave in one piece.
+_SMALL = 64 * 1024
+#: Bytes that are written at once.
+CHUNK = 1024 * 1024
 
 GUARD: web.AppKey[Guard] = web.AppKey("wove_guard", Guard)
 
@@ -44,7 +46,7 @@ def http_application(service: Service | None = None, **options: Any) -> web.Appl
     Raises:
         ConfigurationError: an option cannot be used.
     """
-    routes = _Routes(service or Service(name="http", **options))
+    routes = Routes(service or Service(name="http", **options))
     # Bodies are read by the guard, which has limits of its own.
     app = web.Application(middlewares=[routes.guard.middleware], client_max_size=0)
     app[GUARD] = routes.guard
@@ -53,7 +55,9 @@ def http_application(service: Service | None = None, **options: Any) -> web.Appl
     return app
 
 
-class _Routes:
+class Routes:
+    """The routes of a service over HTTP."""
+
     def __init__(self, service: Service) -> None:
         self.service = service
         self.guard = Guard()
@@ -122,41 +126,22 @@ async def _answer(request: web.Request, listener: Listener, seal: Seal) -> web.S
     pieces: list[Buffer] = []
     quick_until = loop.time() + QUICK_SECONDS
     while not listener.done and (rest := quick_until - loop.time()) > 0:
-        pieces += await _sealed(await listener.take_within(rest), seal)
+        pieces += await sealed(await listener.take_within(rest), seal)
     if listener.done:
-        pieces += await _sealed(await listener.take_within(0), seal)
-        if sum(memoryview(piece).nbytes for piece in pieces) < _JOIN_BELOW:
+        pieces += await sealed(await listener.take_within(0), seal)
+        if sum(memoryview(piece).nbytes for piece in pieces) < _SMALL:
             return web.Response(body=b"".join(pieces), content_type=CONTENT_TYPE)
     response = web.StreamResponse(headers={"Content-Type": CONTENT_TYPE})
     await response.prepare(request)
     await _write(response, pieces)
     while not listener.done:
-        await _write(response, await _sealed(await listener.take(PING_SECONDS), seal))
-    await _write(response, await _sealed(await listener.take_within(0), seal))
+        await _write(response, await sealed(await listener.take(PING_SECONDS), seal))
+    await _write(response, await sealed(await listener.take_within(0), seal))
     await response.write_eof()
     return response
 
 
-async def _sealed(packets: list[Sequence[Buffer]], seal: Seal) -> list[Buffer]:
-    pieces: list[Buffer] = []
-    for parts in packets:
-        size = sum(memoryview(part).nbytes for part in parts)
-        pieces += framed(parts, await maybe_in_thread(size, seal.tag, parts))
-    return pieces
-
-
 async def _write(response: web.StreamResponse, pieces: list[Buffer]) -> None:
-    small: list[Buffer] = []
-    for piece in pieces:
-        view = memoryview(piece).cast("B")
-        if view.nbytes < _JOIN_BELOW:
-            small.append(view)
-            continue
-        if small:
-            await response.write(b"".join(small))
-            small = []
-        # In slices, so that a slow reader holds up no more than one of them.
-        for at in range(0, view.nbytes, 1024 * 1024):
-            await response.write(view[at : at + 1024 * 1024])
-    if small:
-        await response.write(b"".join(small))
+    # In chunks, so that a slow reader holds up no more than one of them.
+    for chunk in chunked(pieces, CHUNK):
+        await response.write(chunk)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import sys
 from typing import TYPE_CHECKING, Any
 
+from wove.exchange import framed
 from wove.network_security import NetworkExecutorSecurity
 from wove.threads import in_thread
 from wove.worker.allowed import AllowList
@@ -15,8 +17,11 @@ from wove.worker.services.processes import ChildProcesses
 from wove.worker.services.runner import Runner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
+    from typing_extensions import Buffer
+
+    from wove.network_security import Seal
     from wove.worker.services.engine import Engine
 
 logger = logging.getLogger("wove.worker")
@@ -63,6 +68,8 @@ class Service:
     ) -> None:
         self.security = NetworkExecutorSecurity.from_config(security, source="security")
         self.max_request = max_request
+        #: Tells a caller that comes back whether this is still the process it left.
+        self.instance = secrets.token_hex(16)
         patterns = list(allow)
         AllowList(patterns)
         self._threads = threads
@@ -130,3 +137,12 @@ async def maybe_in_thread(size: int, func: Any, *args: Any) -> Any:
     if size < IN_THREAD_FROM:
         return func(*args)
     return await in_thread(func, *args)
+
+
+async def sealed(packets: list[Sequence[Buffer]], seal: Seal) -> list[Buffer]:
+    """Return packets as they stand on a stream, each with its signature."""
+    pieces: list[Buffer] = []
+    for parts in packets:
+        size = sum(memoryview(part).nbytes for part in parts)
+        pieces += framed(parts, await maybe_in_thread(size, seal.tag, parts))
+    return pieces
