@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove.errors import ConfigurationError, MissingDispatchFeatureError
 from wove.exchange import chunked
-from wove.executors.network import NetworkExecutor, Request, refused
+from wove.executors.network import IN_THREAD_FROM, NetworkExecutor, Request, refused
 from wove.executors.policy import TLS_KEYS, Endpoint, check_policy, client_tls, read_endpoint, read_headers
 from wove.executors.settings import whole_number
 from wove.network_security import NetworkSecurityError, Seal
@@ -153,7 +153,8 @@ class HttpEnvironmentExecutor(NetworkExecutor):
                 method="POST", host=self._endpoint.host, target=self._endpoint.target, body=request.body
             )
 
-        return sign() if request.size < 1024 * 1024 else await in_thread(sign)
+        signed: dict[str, str] = sign() if request.size < IN_THREAD_FROM else await in_thread(sign)
+        return signed
 
     async def _post(self, session: ClientSession, request: Request, signed: dict[str, str]) -> ClientResponse:
         aiohttp = self._aiohttp

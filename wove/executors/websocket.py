@@ -329,6 +329,7 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
         self._wake.set()
 
     async def _converse(self, socket: ClientWebSocketResponse, up: Seal, down: Seal) -> None:
+        descriptor = socket.get_extra_info("socket")
         reading = asyncio.ensure_future(self._read(socket, down))
         writing = asyncio.ensure_future(self._write_all(socket, up))
         try:
@@ -338,6 +339,7 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
                 task.cancel()
             await asyncio.wait((reading, writing))
             await socket.close()
+            await _until_closed(descriptor)
         for task in (reading, writing):
             if not task.cancelled() and (exc := task.exception()) is not None:
                 raise exc
@@ -413,3 +415,11 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
     def _send_acks(self) -> None:
         self._ack_timer = None
         self._wake.set()
+
+
+async def _until_closed(descriptor: Any) -> None:
+    """Wait for TLS to say goodbye, too: whoever stops the executor may close the event loop next."""
+    for _ in range(50):
+        if descriptor is None or descriptor.fileno() == -1:
+            return
+        await asyncio.sleep(0.01)

@@ -63,16 +63,19 @@ class Routes:
         self.guard = Guard()
 
     async def life(self, app: web.Application) -> AsyncIterator[None]:
+        """Start the service with the application, and stop it with it."""
         await self.service.start()
         yield
         await self.service.stop()
 
     async def healthz(self, request: web.Request) -> web.StreamResponse:
+        """Tell a load balancer whether new runs are taken."""
         status = self.service.status()
         code = 200 if status["status"] == "ok" else 503
         return web.Response(body=json.dumps(status).encode(), status=code, content_type="application/json")
 
     async def send(self, request: web.Request) -> web.StreamResponse:
+        """Take commands and answer with their events."""
         body = await self.guard.read_body(request, self.service.max_request)
         verified = await verify(self.service, request, body)
         seal = Seal(verified.key, "answer")
