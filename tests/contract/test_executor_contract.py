@@ -275,7 +275,10 @@ class TestDelivery:
             blockers.append(asyncio.create_task(handle.run(tasks.touch_and_wait, str(started), str(release))))
             await until_exists(started)
         await until_states(handle, *["started"] * SLOTS[fleet])
-        queued = asyncio.create_task(handle.run(tasks.touch, str(never)))
+        # A worker that does not ask for leave to start is told by a cancellation that takes a moment to arrive.
+        mode = "require_ack" if fleet in SERVICES else "best_effort"
+        cancelled = handle.options(delivery_cancel_mode=mode)
+        queued = asyncio.create_task(cancelled.run(tasks.touch, str(never)))
         await until_states(handle, *["started"] * SLOTS[fleet], "submitted")
         # A worker asks for leave to start what is older than a moment.
         submitted = time.monotonic()

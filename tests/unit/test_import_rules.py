@@ -22,7 +22,18 @@ LAYERS = (
     {"backend", "exchange"},
     # These four are siblings, which know nothing of each other.
     {"adapters", "callback_server", "executors", "worker"},
-    {"__main__", "cli", "demo", "dispatch", "doctor", "environment", "handle", "runtime", "waiter"},
+    {
+        "__main__",
+        "cli",
+        "demo",
+        "dispatch",
+        "doctor",
+        "environment",
+        "handle",
+        "runtime",
+        "testing",
+        "waiter",
+    },
 )
 SIBLINGS = LAYERS[3]
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove.errors import ConfigurationError, MissingDispatchFeatureError
@@ -71,8 +74,13 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         credentials = await in_thread(self._credentials, config) if secure else None
         keep_alive = seconds(config, "keep_alive", KEEP_ALIVE)
         # Cancellations have a connection of their own: they never wait behind calls that hang.
-        self._calls = self._new_channel(credentials, keep_alive)
-        self._urgent = self._new_channel(credentials, keep_alive)
+        self._loop_of_calls = await in_thread(loop_of_calls)
+
+        async def connect() -> None:
+            self._calls = self._new_channel(credentials, keep_alive)
+            self._urgent = self._new_channel(credentials, keep_alive)
+
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(connect(), self._loop_of_calls))
 
     def _credentials(self, config: Mapping[str, Any]) -> Any:
         client_tls(config)  # what is no certificate is said in our words
@@ -107,53 +115,79 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         channels, self._channels = self._channels, []
         self._calls = self._urgent = None
         for channel in channels:
-            await channel.close(None)
+            await asyncio.wrap_future(
+                asyncio.run_coroutine_threadsafe(channel.close(None), self._loop_of_calls)
+            )
 
     async def exchange(self, request: Request, *, urgent: bool) -> AsyncGenerator[bytes, None]:
         """Send a request; see :meth:`NetworkExecutor.exchange`."""
+        size = request.size
+        body = await in_thread(b"".join, request.body) if size > IN_THREAD_FROM else b"".join(request.body)
+        answer = Pipe()
+        conversation = asyncio.run_coroutine_threadsafe(
+            self._converse(body, request.patience(self.timeout), answer, urgent=urgent), self._loop_of_calls
+        )
+        del body
+        try:
+            while (item := await answer.get()) is not None:
+                if isinstance(item, Seal):
+                    request.seal = item
+                    request.accept()
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    yield item
+        finally:
+            conversation.cancel()
+
+    # --- in the loop of all calls -------------------------------------------------
+
+    async def _converse(self, body: bytes, patience: float, answer: Pipe, *, urgent: bool) -> None:
+        """Make the call and pass on what comes back: a seal, chunks, perhaps an error, None at the end."""
+        aio = self._grpc.aio
+        try:
+            call = await self._call(body, patience, answer, urgent=urgent)
+            try:
+                while (chunk := await self._within(patience, call.read())) is not aio.EOF:
+                    answer.put(chunk)
+                if await call.code() is not self._grpc.StatusCode.OK:
+                    raise ConnectionError(f"{(await call.code()).name}: {await call.details()}")
+            finally:
+                call.cancel()
+        except aio.AioRpcError as exc:
+            answer.put(ConnectionError(f"{exc.code().name}: {exc.details()}"))
+        except Exception as exc:
+            answer.put(exc)
+        finally:
+            answer.put(None)
+
+    async def _call(self, body: bytes, patience: float, answer: Pipe, *, urgent: bool) -> Any:
+        """Return the call when it was answered; it is made again where the service's clock is another."""
         send = self._urgent if urgent else self._calls
         if send is None:
             raise RuntimeError("the grpc executor is not started")
-        body = (
-            await in_thread(b"".join, request.body)
-            if request.size > IN_THREAD_FROM
-            else b"".join(request.body)
-        )
-        call = None
-        try:
-            for attempt in range(3):
-                signed = await self._sign(body)
-                call = send(body, metadata=(*self._metadata, ("wove-host", self._target), *signed))
-                problem = await self._answered(call, request, dict(signed), learn=attempt == 0)
-                if problem is None:
-                    break
-                if isinstance(problem, Exception):
-                    raise problem
-            else:
-                raise ConnectionError("it answered that the request's clock is wrong")
-            del body
-            request.accept()
-            while True:
-                chunk = await self._within(request.patience(self.timeout), call.read())
-                if chunk is self._grpc.aio.EOF:
-                    break
-                yield chunk
-            if await call.code() is not self._grpc.StatusCode.OK:
-                raise ConnectionError(f"{(await call.code()).name}: {await call.details()}")
-        except self._grpc.aio.AioRpcError as exc:
-            raise ConnectionError(f"{exc.code().name}: {exc.details()}") from exc
-        finally:
-            if call is not None:
+        for attempt in range(3):
+            signed = await self._sign(body)
+            call = send(body, metadata=(*self._metadata, ("wove-host", self._target), *signed))
+            try:
+                problem = await self._answered(call, patience, dict(signed), learn=attempt == 0)
+            except BaseException:
                 call.cancel()
+                raise
+            if problem is None:
+                answer.put(Seal(self.security.answer_key(dict(signed)), "answer"))
+                return call
+            if isinstance(problem, Exception):
+                raise problem
+        raise ConnectionError("it answered that the request's clock is wrong")
 
     async def _answered(
-        self, call: Any, request: Request, signed: dict[str, str], *, learn: bool
+        self, call: Any, patience: float, signed: dict[str, str], *, learn: bool
     ) -> Exception | str | None:
         """Wait for the answer's head; return None, an error, or that the request is to be sent again."""
         try:
-            await self._within(request.patience(self.timeout), call.initial_metadata())
+            await self._within(patience, call.initial_metadata())
             if not call.done():
-                request.seal = Seal(self.security.answer_key(signed), "answer")
                 return None
             code, details = await call.code(), await call.details()
             trailing = await call.trailing_metadata()
@@ -161,7 +195,6 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             code, details, trailing = exc.code(), exc.details(), exc.trailing_metadata()
         codes = self._grpc.StatusCode
         if code is codes.OK:
-            request.seal = Seal(self.security.answer_key(signed), "answer")
             return None
         if code is codes.UNAUTHENTICATED:
             told = {str(name): str(value) for name, value in trailing or ()}
@@ -192,6 +225,54 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             raise ConnectionError(
                 f'nothing came from it for {limit:g} s (executor_config["timeout"])'
             ) from None
+
+
+class Pipe:
+    """Carries what a call yields from the loop of calls to the loop that it was made in."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._items: deque[Any] = deque()
+        self._ready = asyncio.Event()
+
+    def put(self, item: Any) -> None:
+        """Hand an item over, from any thread."""
+        self._items.append(item)
+        try:
+            self._loop.call_soon_threadsafe(self._ready.set)
+        except RuntimeError:
+            pass  # that loop has ended, and whoever waited with it
+
+    async def get(self) -> Any:
+        """Return the next item, waiting for it."""
+        while not self._items:
+            self._ready.clear()
+            if not self._items:  # another thread may have put one meanwhile
+                await self._ready.wait()
+        return self._items.popleft()
+
+
+_loops: dict[int, asyncio.AbstractEventLoop] = {}
+_loops_lock = threading.Lock()
+
+
+def loop_of_calls() -> asyncio.AbstractEventLoop:
+    """Return this process's event loop for gRPC, in a thread of its own.
+
+    grpcio polls once per process for all event loops; one that ends while it is still polled for makes it
+    stumble. This one never ends.
+    """
+    with _loops_lock:
+        loop = _loops.get(os.getpid())
+        if loop is None:
+            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            threading.Thread(target=_run_for_ever, args=(loop,), name="wove-grpc", daemon=True).start()
+        return loop
+
+
+def _run_for_ever(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
 
 
 def _require_grpc() -> ModuleType:

@@ -43,6 +43,8 @@ MAX_BATCH = 32
 MAX_BATCH_BYTES = 256 * 1024
 #: Seconds that a service has to end what was cancelled, until its connection is given up.
 CANCEL_GRACE = 10.0
+#: Seconds that the connection for cancellations stays open without use, at least.
+WARM_SECONDS = 20.0
 #: From this size, in bytes, signatures are verified in a thread.
 IN_THREAD_FROM = 1024 * 1024
 
@@ -107,6 +109,7 @@ class NetworkExecutor(EnvironmentExecutor):
         self._runs: dict[str, _Sent] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._flushing = False
+        self._warm_until = 0.0
 
     # --- a transport implements -------------------------------------------------
 
@@ -214,8 +217,21 @@ class NetworkExecutor(EnvironmentExecutor):
                 self._runs.pop(sent.run_id, None)
             raise
 
+    async def _warm(self) -> None:
+        """Open the connection that a cancellation will take: with TLS that is a while."""
+        try:
+            async with aclosing(self.exchange(Request([]), urgent=True)) as answer:
+                async for _ in answer:
+                    pass
+        except Exception as exc:
+            logger.debug("the connection for cancellations to %s is not open: %s", self.where, exc)
+
     def _flush(self) -> None:
         self._flushing = False
+        now = self._loop.time()
+        if now >= self._warm_until:
+            self._warm_until = now + WARM_SECONDS
+            self._spawn(self._warm(), "wove-warm")
         outbox, self._outbox = self._outbox, []
         while outbox:
             count = size = 0

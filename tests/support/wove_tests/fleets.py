@@ -37,8 +37,8 @@ class Fleet:
     executor: str
     broker: str | None = None
     database: int = 0
-    service: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    service: str | None = None
 
     @property
     def queue(self) -> str:
