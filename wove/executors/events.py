@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from wove.exchange import Packet
+from wove import frames
+from wove.errors import EncodeError, normalize_exception
+from wove.exchange import Packet, encode_run
 from wove.threads import DaemonPool
 from wove.wire import importable_reference
 
@@ -18,7 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("wove.executors")
 
-#: Threads that rebuild results: one whose unpickling hangs holds up few others.
+#: Threads that encode arguments and rebuild results: one that hangs holds up few others.
+ENCODERS = 4
 DECODERS = 4
 #: Longest text and most arguments that are encoded on the event loop.
 _LIGHT_TEXT = 4_000
@@ -36,6 +40,42 @@ def is_light(frame: Frame) -> bool:
         if kind not in _LIGHT_SCALARS and (kind not in (str, bytes) or len(value) > _LIGHT_TEXT):
             return False
     return importable_reference(frame["callable"]) is not None
+
+
+class CommandEncoder:
+    """Turns ``run_task`` commands into packets, those that may take long in threads of its own.
+
+    Args:
+        name: the environment's.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._pool = DaemonPool(ENCODERS, f"wove-encode-{name}")
+
+    async def encode(self, frame: Frame) -> list[Buffer]:
+        """Encode a command.
+
+        Raises:
+            EncodeError: the callable or an argument cannot be sent; names it.
+        """
+        if is_light(frame):
+            return encode_run(frame)
+        # Encoding runs the caller's code, and a large argument takes its time: not on the loop.
+        return await asyncio.wrap_future(self._pool.submit(_encode_run, frame))
+
+    def close(self) -> None:
+        """Release the threads."""
+        self._pool.close()
+
+
+def _encode_run(frame: Frame) -> list[Buffer]:
+    try:
+        return encode_run(frame)
+    except Exception:
+        raise
+    except BaseException as exc:
+        # An argument whose pickling exits: an error of its own run only.
+        raise EncodeError(f"encoding the arguments raised {type(exc).__name__}: {exc}") from exc
 
 
 class EventDecoder:
@@ -78,9 +118,6 @@ class EventDecoder:
 
 def malformed(packet: Packet, exc: Exception) -> Frame:
     """Return the error that takes a malformed event's place."""
-    from wove import frames
-    from wove.errors import normalize_exception
-
     envelope = packet.envelope
     error = normalize_exception(exc, source="executor")
     run_id, task_id = str(envelope.get("run_id")), str(envelope.get("task_id"))

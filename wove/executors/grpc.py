@@ -10,7 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove.errors import ConfigurationError, MissingDispatchFeatureError
-from wove.executors.network import IN_THREAD_FROM, NetworkExecutor, Request, refused
+from wove.executors.network import IN_THREAD_FROM, SILENCE_SECONDS, NetworkExecutor, Request, refused
 from wove.executors.policy import check_policy, client_tls, is_loopback, read_headers, read_pem
 from wove.executors.settings import seconds
 from wove.network_security import NetworkSecurityError, Seal
@@ -148,7 +148,8 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         try:
             call = await self._call(body, patience, answer, urgent=urgent)
             try:
-                while (chunk := await self._within(patience, call.read())) is not aio.EOF:
+                silence = max(self.timeout, SILENCE_SECONDS)
+                while (chunk := await self._within(silence, call.read())) is not aio.EOF:
                     answer.put(chunk)
                 if await call.code() is not self._grpc.StatusCode.OK:
                     raise ConnectionError(f"{(await call.code()).name}: {await call.details()}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove.errors import ConfigurationError, MissingDispatchFeatureError
 from wove.exchange import chunked
-from wove.executors.network import IN_THREAD_FROM, NetworkExecutor, Request, refused
+from wove.executors.network import IN_THREAD_FROM, SILENCE_SECONDS, NetworkExecutor, Request, refused
 from wove.executors.policy import TLS_KEYS, Endpoint, check_policy, client_tls, read_endpoint, read_headers
 from wove.executors.settings import whole_number
 from wove.network_security import NetworkSecurityError, Seal
@@ -167,13 +167,19 @@ class HttpEnvironmentExecutor(NetworkExecutor):
             "Content-Length": str(request.size),
         }
         headers["Content-Type"] = "application/vnd.wove.packets"
-        return await session.post(
+        silence = max(self.timeout, SILENCE_SECONDS)
+        posting = session.post(
             self._endpoint.url,
             data=data,
             headers=headers,
             allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.timeout, sock_read=patience),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=self.timeout, sock_read=max(patience, silence)
+            ),
         )
+        # Waiting for a free connection counts too: one that never comes free is as bad as none.
+        async with asyncio.timeout(patience):
+            return await posting
 
     async def _refusal(self, response: ClientResponse, headers: dict[str, str]) -> Exception:
         try:

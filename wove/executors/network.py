@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove import frames
 from wove.errors import ProtocolError, SubmitError, WoveError, safe_text
-from wove.exchange import Packet, PacketReader, encode_cancel, encode_run, framed, lost_frame
+from wove.exchange import Packet, PacketReader, encode_cancel, framed, lost_frame
 from wove.executors.base import EnvironmentExecutor, FrameChannel
-from wove.executors.events import EventDecoder, is_light
+from wove.executors.events import CommandEncoder, EventDecoder
 from wove.executors.settings import check_keys, seconds, whole_number
 from wove.network_security import NetworkExecutorSecurity, NetworkSecurityError, Seal
-from wove.threads import DaemonPool, in_thread
+from wove.threads import in_thread
 from wove.wire import require_msgpack
 
 if TYPE_CHECKING:
@@ -34,8 +34,10 @@ NETWORK_KEYS = ("insecure", "max_message", "security", "timeout")
 MAX_MESSAGE = 256 * 1024 * 1024
 #: Room in a packet beside the user's values.
 ENVELOPE_ALLOWANCE = 1024 * 1024
-#: Seconds to connect, to get a first answer, and of silence on an open answer; services ping every 5 s.
+#: Seconds to connect, to get a first answer, and of silence on an open answer.
 TIMEOUT_SECONDS = 30.0
+#: An open answer may be silent for so long whatever ``timeout`` says: services ping every 5 seconds.
+SILENCE_SECONDS = 15.0
 #: Bytes a second that a large request is granted on top of that.
 SLOWEST = 256 * 1024
 #: Runs, and bytes, that leave in one request at most.
@@ -71,7 +73,7 @@ class Request:
             self.on_accepted()
 
     def patience(self, timeout: float) -> float:
-        """Return how many seconds of silence mean that the service is gone."""
+        """Return how many seconds the first answer may take: a large request earns time."""
         return timeout + self.size / SLOWEST
 
 
@@ -104,7 +106,7 @@ class NetworkExecutor(EnvironmentExecutor):
     def __init__(self) -> None:
         self._channel: FrameChannel | None = None
         self._decoder: EventDecoder | None = None
-        self._encoder: DaemonPool | None = None
+        self._encoder: CommandEncoder | None = None
         self._outbox: list[_Sent] = []
         self._runs: dict[str, _Sent] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -157,7 +159,7 @@ class NetworkExecutor(EnvironmentExecutor):
         channel = FrameChannel()
         self._channel = channel
         self._decoder = EventDecoder(channel.put, environment_name)
-        self._encoder = DaemonPool(1, f"wove-encode-{environment_name}")
+        self._encoder = CommandEncoder(environment_name)
         self._loop = asyncio.get_running_loop()
 
     async def send(self, frame: Frame) -> None:
@@ -194,14 +196,9 @@ class NetworkExecutor(EnvironmentExecutor):
 
     # --- runs -------------------------------------------------------------------
 
-    async def _submit(self, frame: Frame, encoder: DaemonPool) -> None:
+    async def _submit(self, frame: Frame, encoder: CommandEncoder) -> None:
         frame = {**frame, "max_body": self.max_message - ENVELOPE_ALLOWANCE}
-        if is_light(frame):
-            parts = encode_run(frame)
-        else:
-            # In a thread: encoding runs the caller's code, and a large argument takes its time.
-            parts = await asyncio.wrap_future(encoder.submit(encode_run, frame))
-        sent = _Sent(frame, parts, self._loop)
+        sent = _Sent(frame, await encoder.encode(frame), self._loop)
         self._runs[sent.run_id] = sent
         self._outbox.append(sent)
         if not self._flushing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shlex
 import sys
@@ -10,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.errors import ConfigurationError
-from wove.exchange import encode_run
 from wove.executors.base import EnvironmentExecutor, FrameChannel
-from wove.executors.events import EventDecoder, is_light
+from wove.executors.events import CommandEncoder, EventDecoder
 from wove.executors.settings import check_keys, whole_number
-from wove.threads import DaemonPool, in_thread
+from wove.threads import in_thread
 from wove.wire import require_msgpack
 
 if TYPE_CHECKING:
@@ -42,7 +40,7 @@ class StdioEnvironmentExecutor(EnvironmentExecutor):
     def __init__(self) -> None:
         self._channel: FrameChannel | None = None
         self._children: ChildProcesses | None = None
-        self._encoder: DaemonPool | None = None
+        self._encoder: CommandEncoder | None = None
         self._decoder: EventDecoder | None = None
 
     async def start(
@@ -60,7 +58,7 @@ class StdioEnvironmentExecutor(EnvironmentExecutor):
         command, env = _command(environment_config)
         channel = FrameChannel()
         self._channel = channel
-        self._encoder = DaemonPool(1, f"wove-encode-{environment_name}")
+        self._encoder = CommandEncoder(environment_name)
         self._decoder = EventDecoder(channel.put, environment_name)
         self._children = ChildProcesses(
             command,
@@ -79,11 +77,7 @@ class StdioEnvironmentExecutor(EnvironmentExecutor):
         if children is None or encoder is None or decoder is None:
             raise RuntimeError("the stdio executor is not started")
         if frame["type"] == frames.RUN_TASK:
-            if is_light(frame):
-                parts = encode_run(frame)
-            else:
-                # In a thread: encoding runs the caller's code, and a large argument takes its time.
-                parts = await asyncio.wrap_future(encoder.submit(encode_run, frame))
+            parts = await encoder.encode(frame)
             attempt = (frame.get("delivery") or {}).get("attempt", 1)
             children.run_parts(frame["run_id"], frame["task_id"], attempt, parts, decoder.take)
         elif frame["type"] == frames.CANCEL_TASK:

@@ -21,18 +21,23 @@ from wove.exchange import (
     chunked,
     encode_cancel,
     encode_note,
-    encode_run,
     framed,
     lost_frame,
 )
 from wove.executors.base import EnvironmentExecutor, FrameChannel
-from wove.executors.events import EventDecoder, is_light
+from wove.executors.events import CommandEncoder, EventDecoder
 from wove.executors.http import explain, require_aiohttp
-from wove.executors.network import ENVELOPE_ALLOWANCE, MAX_MESSAGE, NETWORK_KEYS, TIMEOUT_SECONDS
+from wove.executors.network import (
+    ENVELOPE_ALLOWANCE,
+    MAX_MESSAGE,
+    NETWORK_KEYS,
+    SILENCE_SECONDS,
+    TIMEOUT_SECONDS,
+)
 from wove.executors.policy import TLS_KEYS, check_policy, client_tls, read_endpoint, read_headers
 from wove.executors.settings import check_keys, seconds, whole_number
 from wove.network_security import NetworkExecutorSecurity, NetworkSecurityError, Seal, channel_key
-from wove.threads import DaemonPool, in_thread
+from wove.threads import in_thread
 from wove.wire import require_msgpack
 
 if TYPE_CHECKING:
@@ -91,7 +96,7 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
     def __init__(self) -> None:
         self._channel: FrameChannel | None = None
         self._decoder: EventDecoder | None = None
-        self._encoder: DaemonPool | None = None
+        self._encoder: CommandEncoder | None = None
         self._session: ClientSession | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._runs: dict[str, _Sent] = {}
@@ -139,7 +144,7 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
         channel = FrameChannel()
         self._channel = channel
         self._decoder = EventDecoder(channel.put, environment_name)
-        self._encoder = DaemonPool(1, f"wove-encode-{environment_name}")
+        self._encoder = CommandEncoder(environment_name)
         self._wake = asyncio.Event()
         opened: asyncio.Future[None] = self._loop.create_future()
         self._keeper = self._loop.create_task(self._keep_connected(opened), name="wove-websocket")
@@ -202,11 +207,8 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
 
     # --- runs -------------------------------------------------------------------
 
-    async def _submit(self, frame: Frame, encoder: DaemonPool) -> None:
-        if is_light(frame):
-            parts = encode_run(frame)
-        else:
-            parts = await asyncio.wrap_future(encoder.submit(encode_run, frame))
+    async def _submit(self, frame: Frame, encoder: CommandEncoder) -> None:
+        parts = await encoder.encode(frame)
         sent = _Sent(frame, parts, self._loop)
         self._runs[sent.run_id] = sent
         self._write(parts, sent)
@@ -367,11 +369,12 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
 
     async def _read(self, socket: ClientWebSocketResponse, seal: Seal) -> None:
         reader = PacketReader(self._max_message)
+        silence = max(self._timeout, SILENCE_SECONDS)
         while True:
             try:
-                message = await socket.receive(timeout=self._timeout)
+                message = await socket.receive(timeout=silence)
             except TimeoutError as exc:
-                raise ConnectionError(explain(exc, self._timeout)) from None
+                raise ConnectionError(explain(exc, silence)) from None
             if message.type is not self._aiohttp.WSMsgType.BINARY:
                 raise ConnectionError(f"the socket was closed ({socket.close_code})")
             for raw in reader.feed(seal.open(memoryview(message.data))):
