@@ -152,9 +152,10 @@ class NetworkExecutor(EnvironmentExecutor):
         self.timeout = seconds(environment_config, "timeout", TIMEOUT_SECONDS)
         self.max_message = whole_number(environment_config, "max_message", MAX_MESSAGE) or MAX_MESSAGE
         # In a thread: this may read files.
-        self.security = await in_thread(
+        security: NetworkExecutorSecurity = await in_thread(
             NetworkExecutorSecurity.from_config, environment_config.get("security")
         )
+        self.security = security
         await self.open(environment_config)
         channel = FrameChannel()
         self._channel = channel

@@ -227,3 +227,11 @@ def kill_own_process(signal_number: int) -> None:
     """Die as the kernel's out-of-memory killer has it."""
     os.kill(os.getpid(), signal_number)
     time.sleep(PATIENCE)
+
+
+def leave_a_mark(path: str, seconds: float) -> str:
+    """Add to a file, so that it can be told how often this was executed."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("x")
+    time.sleep(seconds)
+    return "marked"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from wove.network_security import Verified
-
-logger = logging.getLogger("wove.worker")
 
 DEFAULT_METHOD = "/wove.network_executor.WorkerService/Send"
 #: Bytes of the answer in one message.
@@ -113,8 +110,7 @@ class WorkerHandler(grpc.GenericRpcHandler):
         try:
             verified: Verified = await maybe_in_thread(len(body), check)
         except NetworkSecurityError as exc:
-            level = logging.INFO if exc.clock else logging.WARNING
-            logger.log(level, "a call from %s: %s", context.peer(), exc)
+            self.tasks.refuse(exc, context.peer())
             clock = tuple((name.lower(), value) for name, value in exc.clock.items())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "not authenticated", trailing_metadata=clock)
         return verified

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from wove.network_security import Verified
-
-logger = logging.getLogger("wove.worker")
 
 CONTENT_TYPE = "application/vnd.wove.packets"
 #: Seconds in which a run may end so that its whole answer leaves in one piece.
@@ -110,9 +107,7 @@ async def verify(service: Service, request: web.Request, body: Buffer = b"") -> 
     try:
         verified: Verified = await maybe_in_thread(memoryview(body).nbytes, check)
     except NetworkSecurityError as exc:
-        logger.log(
-            logging.INFO if exc.clock else logging.WARNING, "a request from %s: %s", request.remote, exc
-        )
+        service.refuse(exc, str(request.remote))
         raise refusal(web.HTTPUnauthorized(text="not authenticated", headers=exc.clock)) from None
     return verified
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from wove.exchange import framed
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from wove.network_security import Seal
+    from wove.network_security import NetworkSecurityError, Seal
     from wove.worker.services.engine import Engine
 
 logger = logging.getLogger("wove.worker")
@@ -35,6 +36,8 @@ CUT_SECONDS = 2.0
 #: Seconds that a service which is told to end waits for what runs, and then for what it cancelled.
 DRAIN_SECONDS = 30.0
 CANCEL_SECONDS = 2.0
+#: Seconds between two lines in the log about requests that were refused.
+QUIET_SECONDS = 1.0
 #: From this size, in bytes, signatures are computed in a thread.
 IN_THREAD_FROM = 1024 * 1024
 
@@ -77,6 +80,8 @@ class Service:
         self._allow = patterns
         self._retention = retention
         self._name = name
+        self._quiet_until = 0.0
+        self._refused = 0
         self._engine: Engine | None = None
         self._hub: Hub | None = None
 
@@ -125,6 +130,19 @@ class Service:
             self._hub.close()
         if engine is not None:
             await in_thread(engine.close)
+
+    def refuse(self, exc: NetworkSecurityError, peer: str) -> None:
+        """Say in the log that somebody was not let in; a flood of them does not flood the log."""
+        if exc.clock:
+            logger.info("a request from %s: %s; it was told the time", peer, exc)
+            return
+        now = time.monotonic()
+        if now < self._quiet_until:
+            self._refused += 1
+            return
+        also = f" (and {self._refused} more since the last of these lines)" if self._refused else ""
+        self._quiet_until, self._refused = now + QUIET_SECONDS, 0
+        logger.warning("a request from %s was refused: %s%s", peer, exc, also)
 
     def status(self) -> dict[str, Any]:
         """Return what ``/healthz`` tells: no secret, and nothing of any run."""
