@@ -41,6 +41,8 @@ logger = logging.getLogger("wove.worker")
 
 #: Seconds between two beats of a run, at most.
 BEAT_SECONDS = 5.0
+#: Seconds after which a task that still runs is reported as started.
+STARTED_SECONDS = 0.03
 #: Threads that encode the outcomes of coroutines: a slow one does not hold up the others.
 OUTCOME_THREADS = 8
 #: Seconds that closing waits for cancelled tasks.
@@ -136,7 +138,7 @@ class _Run:
 
     def execute(self) -> None:
         """Run the task; a coroutine goes on in the tasks' loop."""
-        self._send(frames.TASK_STARTED)
+        # Said once the task has taken a moment; the outcome of a short one says as much.
         self._runner.begun(self)
         if self.context.cancelled:
             self.acknowledge_cancel()
@@ -248,8 +250,8 @@ class _Run:
             self.acknowledge_cancel()
 
     def beat(self) -> None:
-        """Say that the task still runs."""
-        self._send(frames.HEARTBEAT)
+        """Say that the task has started, then that it still runs."""
+        self._send(frames.HEARTBEAT if self._seq else frames.TASK_STARTED)
 
     def _report(self, kind: str, **fields: Any) -> None:
         self._send(kind, **fields)
@@ -267,11 +269,15 @@ class _Run:
             if self._finished:
                 return
             self._finished = last
-            self._seq += 1
-            if kind == frames.TASK_STARTED:
-                fields["worker"] = self.worker
-            frame = frames.event(kind, self.run_id, self.task_id, self._attempt, self._seq, **fields)
-            self._emit(kind, pack_message(frame, attachments or []))
+            if not self._seq and not last:
+                self._emit_event(frames.TASK_STARTED, [], worker=self.worker)
+            if kind != frames.TASK_STARTED:
+                self._emit_event(kind, attachments or [], **fields)
+
+    def _emit_event(self, kind: str, attachments: list[Buffer], **fields: Any) -> None:
+        self._seq += 1
+        frame = frames.event(kind, self.run_id, self.task_id, self._attempt, self._seq, **fields)
+        self._emit(kind, pack_message(frame, attachments))
 
 
 async def _contained(awaitable: Any) -> tuple[Any, BaseException | None]:
@@ -341,7 +347,7 @@ class _Beater:
     def watch(self, run: _Run) -> None:
         """Beat for ``run`` until it is no longer among the runs."""
         with self._wake:
-            run.next_beat = time.monotonic() + run.beat_every
+            run.next_beat = time.monotonic() + STARTED_SECONDS
             if run.next_beat >= self._wake_at:
                 return
             if self._thread is None:
