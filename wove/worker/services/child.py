@@ -51,7 +51,7 @@ def serve_parent(*, threads: int, allow: AllowList | None) -> None:
     try:
         _take_commands(parent, runner)
     finally:
-        runner.close()
+        runner.close_now()
         # Threads of the user's that do not end must not keep the process.
         last = threading.Timer(EXIT_SECONDS, os._exit, (0,))
         last.daemon = True

@@ -45,7 +45,8 @@ class Child:
         self.accepted = 0
         self.ready = False
         self.closed = False
-        self.watched = 0
+        #: Whether the loop is told when it can be written to.
+        self.writing = False
         #: Whether the last look at the socket left something unread.
         self.more = False
         self.idle_since = time.monotonic()

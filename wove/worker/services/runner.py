@@ -19,7 +19,7 @@ from wove import frames
 from wove.errors import EncodeError, PayloadRejectedError, ProtocolError, normalize_exception
 from wove.exchange import VERSION
 from wove.remote_errors import encode_exception
-from wove.threads import DaemonPool
+from wove.threads import DaemonPool, in_thread
 from wove.wire import decode_callable, decode_value, encode_value, pack_message
 from wove.worker.allowed import decode_plain, encode_plain
 from wove.worker.context import RunContext, bind
@@ -90,8 +90,12 @@ class Runner:
         """Forget a run."""
         self._runs.pop(run.run_id, None)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Cancel what runs; see :meth:`Engine.close`."""
+        await in_thread(self.close_now)
+
+    def close_now(self) -> None:
+        """Cancel what runs and wait a moment for it. Blocks."""
         for run in list(self._runs.values()):
             run.cancel()
         deadline = time.monotonic() + CLOSE_SECONDS

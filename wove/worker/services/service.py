@@ -108,7 +108,7 @@ class Service:
                 command += ["--allow", pattern]
             children = ChildProcesses(command, name=f"worker service {self._name}", processes=self._processes)
             self._engine = children
-            await in_thread(children.start)
+            await children.start()
         else:
             allow = AllowList(self._allow) if self._allow else None
             self._engine = Runner(threads=self._threads, allow=allow, backend=self._name)
@@ -129,7 +129,7 @@ class Service:
             self._hub.cancel_all()
             self._hub.close()
         if engine is not None:
-            await in_thread(engine.close)
+            await engine.close()
 
     def refuse(self, exc: NetworkSecurityError, peer: str) -> None:
         """Say in the log that somebody was not let in; a flood of them does not flood the log."""
