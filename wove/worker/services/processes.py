@@ -111,18 +111,16 @@ class ChildProcesses:
         child.runs[run_id] = run
         self._where[run_id] = child
         child.accepted += 1
-        child.send(parts)
+        self._send(child, parts)
         if self._max_tasks is not None and child.accepted >= self._max_tasks:
             # No more for this one; the next run gets a new one.
             self._retire(child)
-        self._watch(child)
 
     def cancel(self, run_id: str) -> None:
         """Cancel a run; see :meth:`Engine.cancel`."""
         child = self._where.get(run_id)
         if child is not None:
-            child.send(encode_cancel(run_id))
-            self._watch(child)
+            self._send(child, encode_cancel(run_id))
 
     async def close(self) -> None:
         """End all processes; see :meth:`Engine.close`."""
@@ -156,25 +154,31 @@ class ChildProcesses:
             logger.warning("%s: worker process %d: %s", self._name, child.process.pid, exc)
             child.kill()
 
-    def _writable(self, child: Child) -> None:
-        try:
-            child.flush()
-        except OSError:
-            child.unsent.clear()  # it has ended, and its exit says the rest
-        self._watch(child)
+    def _send(self, child: Child, parts: Sequence[Buffer]) -> None:
+        """Send a packet; what is sent in one turn of the loop leaves together."""
+        if not child.unsent:
+            self._loop.call_soon(self._write, child)
+        child.put(parts)
 
-    def _watch(self, child: Child) -> None:
-        """Have the loop write what waits, and no longer than something does."""
-        if child.closed or bool(child.unsent) == child.writing:
+    def _write(self, child: Child) -> None:
+        if child.closed:
+            return
+        child.flush()
+        # Have the loop say when there is room for the rest, and no longer than there is one.
+        if bool(child.unsent) == child.writing:
             return
         child.writing = bool(child.unsent)
         if child.writing:
-            self._loop.add_writer(child.socket, self._writable, child)
+            self._loop.add_writer(child.socket, self._write, child)
         else:
             self._loop.remove_writer(child.socket)
 
     def _read_events(self, child: Child) -> None:
-        for packet in child.receive():
+        packets = child.receive()
+        # What tasks wrote before their end is in the pipes by now, and belongs before their end.
+        for pipe in list(child.pipes) if packets else ():
+            self._read_output(child, pipe)
+        for packet in packets:
             if packet is None:
                 # It has ended, or closed the line, which is as bad: its exit says how.
                 self._unwatch(child)
@@ -193,9 +197,6 @@ class ChildProcesses:
             return
         run.seq = packet.envelope.get("seq", run.seq)
         if packet.is_terminal:
-            # What the task wrote before its end is in the pipes by now, and belongs before its end.
-            for pipe in child.pipes:
-                self._read_output(child, pipe)
             self._ended(child, packet.run_id)
         run.emit(packet.kind, [packet.raw])
 
@@ -336,8 +337,7 @@ class ChildProcesses:
             self._tell_to_end(child)
 
     def _tell_to_end(self, child: Child) -> None:
-        child.send(encode_note(frames.SHUTDOWN))
-        self._watch(child)
+        self._send(child, encode_note(frames.SHUTDOWN))
         child.kill_soon(STOP_SECONDS + 1)
 
     def _look_after_idle(self) -> None:
@@ -357,7 +357,8 @@ def _end_all(children: Sequence[Child]) -> None:
     for child in children:
         try:
             child.socket.settimeout(0.5)
-            child.send(encode_note(frames.SHUTDOWN))
+            child.put(encode_note(frames.SHUTDOWN))
+            child.flush()
             child.socket.shutdown(socket.SHUT_WR)
         except OSError:
             pass  # gone already
