@@ -29,6 +29,8 @@ logger = logging.getLogger("wove.worker")
 
 #: Largest request, in bytes: the arguments of the runs that leave together.
 MAX_REQUEST = 256 * 1024 * 1024
+#: Seconds in which a run may end so that its whole answer leaves in one piece.
+QUICK_SECONDS = 0.02
 #: Seconds between two packets of an answer: what is silent for longer is lost.
 PING_SECONDS = 5.0
 #: Seconds that a run whose connection was cut goes on, where its caller does not come back for it.
@@ -107,8 +109,12 @@ class Service:
             for pattern in self._allow:
                 command += ["--allow", pattern]
             children = ChildProcesses(command, name=f"worker service {self._name}", processes=self._processes)
+            try:
+                await children.start()
+            except BaseException:
+                await children.close()
+                raise
             self._engine = children
-            await children.start()
         else:
             allow = AllowList(self._allow) if self._allow else None
             self._engine = Runner(threads=self._threads, allow=allow, backend=self._name)
