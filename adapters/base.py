@@ -22,12 +22,17 @@ BLOCKING_THREADS = 4
 class BackendState:
     """What a backend knows of a run.
 
-    ``state`` is ``queued``, ``running``, ``done``, ``failed``, ``gone`` (the backend has
-    no trace of it) or ``unknown``; ``detail`` is the backend's own word.
+    Attributes:
+        state: ``queued`` (also: to be run again), ``running``, ``done``, ``failed``, ``lost``
+            (the worker that ran it is gone), ``gone`` (the backend has no trace of it), or
+            ``unknown``.
+        detail: the backend's own word, such as ``signal 9``.
+        outcome: a signed outcome that a worker could not deliver, and left with the backend.
     """
 
     state: str
     detail: str = ""
+    outcome: bytes | None = None
 
 
 class BackendAdapter(ABC):
@@ -51,6 +56,8 @@ class BackendAdapter(ABC):
     install_hint: ClassVar[str] = ""
     #: ``executor_config`` keys of this adapter, beside those every adapter shares. None: any.
     config_keys: ClassVar[tuple[str, ...] | None] = None
+    #: Whether :meth:`cancel` can end the process of a running task, where that is configured.
+    stops_running: bool = False
     #: Whether the backend can call a URL when a job fails: then frames carry ``failure_webhook``.
     takes_failure_webhook: ClassVar[bool] = False
 
@@ -62,6 +69,9 @@ class BackendAdapter(ABC):
         self.callback_url = callback_url
         self.run_config = run_config
         self._blocking: DaemonPool | None = None
+        #: What the worker of a job has said of itself (``host``, ``pid``, ...); empty where
+        #: none has spoken. Set by the executor; callable from any thread.
+        self.worker_of: Callable[[str], Mapping[str, Any]] = _nobody
 
     async def start(self) -> None:  # noqa: B027 - optional
         """Connect, check the configuration. Called once, before anything else.
@@ -76,17 +86,18 @@ class BackendAdapter(ABC):
 
         Args:
             payload: signed bytes, to be given unchanged to ``wove.worker.run`` there.
-            frame: the ``run_task`` frame: ``run_id``, ``task_id``, ``delivery`` and, for a
-                backend that can call a URL when a job fails, ``failure_webhook``
-                (``url``, ``token``).
+            frame: the ``run_task`` frame: ``run_id``, ``task_id``, ``delivery`` (its ``attempt``
+                counts resubmissions, its ``key`` is the idempotency key) and, for a backend that
+                can call a URL when a job fails, ``failure_webhook`` (``url``, ``token``).
 
         Returns:
             Whatever :meth:`cancel` needs to find the job again.
 
         Raises:
             Exception: the backend did not accept the payload. Not idempotent: Wove calls
-                it once per attempt. Use the run id as the job's id where the backend
-                can, so that a repeated submission is recognised.
+                it once per attempt. Use :func:`wove.backend.job_id` as the job's id, which
+                is the run's id for the first attempt, so that a repeated submission is recognised.
+            SubmitError: as well; then ``delivery_retries`` may submit the run again.
         """
 
     async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
@@ -113,8 +124,15 @@ class BackendAdapter(ABC):
     async def cancel(self, run_id: str, submission: Any, frame: Frame) -> bool:
         """Keep a queued run from starting, and stop a running one where that is configured.
 
-        ``frame["started"]`` tells whether a worker has spoken of the run. Idempotent; may be called for a run that has ended. Running tasks are told over
-        the callback server besides.
+        Running tasks are told over the callback server. Where the backend is configured to
+        stop those that do not listen, this is called a second time a moment later, with
+        ``frame["escalate"]`` true. Idempotent; may be called for a run that has ended.
+
+        Args:
+            run_id: the run.
+            submission: what :meth:`submit` returned; None when that is not known.
+            frame: the ``cancel_task`` frame; ``frame["started"]`` tells whether a worker has
+                spoken of the run.
 
         Returns:
             True only when the run surely never starts, now or later.
@@ -122,7 +140,16 @@ class BackendAdapter(ABC):
         return False
 
     async def probe(self, run_ids: Sequence[str]) -> dict[str, BackendState]:
-        """Say what the backend knows of runs. Idempotent; unknown ones may be left out."""
+        """Say what the backend knows of runs. Idempotent; unknown ones may be left out.
+
+        Asked when a worker seems to be dead, before that is believed, and now and then about
+        runs of which nothing is heard. A wrong ``lost``, ``gone``, ``failed`` or ``done`` ends a
+        healthy run: where the backend cannot be sure, the state is ``unknown``.
+
+        Args:
+            run_ids: the jobs' ids, as :func:`wove.backend.job_id` makes them: the run's id,
+                or ``<run id>-<attempt>`` for a later attempt.
+        """
         return {}
 
     async def close(self) -> None:  # noqa: B027 - optional
@@ -139,3 +166,7 @@ class BackendAdapter(ABC):
         if self._blocking is not None:
             self._blocking.close()
             self._blocking = None
+
+
+def _nobody(job: str) -> Mapping[str, Any]:
+    return {}

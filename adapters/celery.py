@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import math
 import threading
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from wove.adapters.base import BackendAdapter
-from wove.backend import as_text, summarize_call
+from wove.adapters.base import BackendAdapter, BackendState
+from wove.backend import as_text, job_id, summarize_call
 from wove.errors import ConfigurationError, SubmitError
 from wove.security import scrub, without_passwords
 
@@ -24,6 +26,11 @@ EXPIRES_AFTER = 24 * 3600
 POOL_LIMIT = 8
 #: Seconds that an app made here waits for its broker before a submission fails.
 BROKER_TIMEOUT = 5.0
+#: Seconds that workers get to say whether they are at a task.
+INSPECT_SECONDS = 1.0
+#: Where a worker leaves an outcome that it could not deliver: the result of this other task id.
+PARKED_SUFFIX = "-outcome"
+PARKED_FIELD = "wove_outcome"
 
 
 _importing = threading.Lock()
@@ -54,6 +61,7 @@ class CeleryAdapter(BackendAdapter):
                 f'or executor_config["broker_url"], for example "redis://localhost:6379/0"{both}'
             )
         self._task_name = config.get("task_name") or "wove.run"
+        self.stops_running = bool(config.get("terminate_on_cancel"))
         options = config.get("send_task_options") or {}
         if not hasattr(options, "items"):
             raise ConfigurationError('executor_config["send_task_options"] is a mapping')
@@ -117,13 +125,14 @@ class CeleryAdapter(BackendAdapter):
     def _send(self, producer: Any, payload: bytes, frame: Frame) -> Any:
         from kombu.exceptions import OperationalError
 
-        run_id = frame["run_id"]
-        timeout = (frame.get("delivery") or {}).get("timeout")
+        task_id = job_id(frame)
+        delivery = frame.get("delivery") or {}
+        timeout = None if delivery.get("keep") else delivery.get("timeout")
         try:
             self._app.send_task(
                 self._task_name,
                 args=[payload if self._binary else as_text(payload)],
-                task_id=run_id,
+                task_id=task_id,
                 producer=producer,
                 **{
                     # No result is stored: the outcome comes back to the callback server.
@@ -144,7 +153,7 @@ class CeleryAdapter(BackendAdapter):
             raise
         except Exception as exc:
             return self._submit_error(exc)
-        return run_id
+        return task_id
 
     def _submit_error(self, exc: Exception) -> SubmitError:
         setting = "broker_url" if self.config.get("broker_url") else "app"
@@ -158,11 +167,63 @@ class CeleryAdapter(BackendAdapter):
 
     async def cancel(self, run_id: str, submission: Any, frame: Frame) -> bool:
         """Revoke the task; ``terminate_on_cancel`` also ends its process (prefork pools)."""
-        terminate = bool(self.config.get("terminate_on_cancel"))
+        terminate = bool(frame.get("escalate"))
         if frame.get("started") and not terminate:
             return False  # its worker has been told, and a revocation would only litter its log
-        await self.blocking(lambda: self._app.control.revoke(run_id, terminate=terminate, signal="SIGTERM"))
+        task_id = submission or job_id(frame)
+        await self.blocking(lambda: self._app.control.revoke(task_id, terminate=terminate, signal="SIGTERM"))
         return False  # a broadcast: whom it reached is not known
+
+    async def probe(self, run_ids: Sequence[str]) -> dict[str, BackendState]:
+        """Ask the workers that were at the runs, and the result backend for parked outcomes."""
+        states: dict[str, BackendState] = await self.blocking(self._probe, list(run_ids))
+        return states
+
+    def _probe(self, run_ids: list[str]) -> dict[str, BackendState]:
+        states = {}
+        for run_id, state in self._ask_workers(run_ids).items():
+            # Running or queued work has no outcome yet.
+            parked = self._parked(run_id) if state.state not in ("running", "queued") else None
+            states[run_id] = BackendState(state.state, state.detail, parked)
+        return states
+
+    def _ask_workers(self, run_ids: list[str]) -> dict[str, BackendState]:
+        unknown = BackendState("unknown")
+        states = dict.fromkeys(run_ids, unknown)
+        by_node: dict[str, list[str]] = {}
+        for run_id in run_ids:
+            worker = self.worker_of(run_id)
+            # A solo or green worker is busy with the task and answers nobody.
+            if worker.get("node") and worker.get("answers") is True:
+                by_node.setdefault(str(worker["node"]), []).append(run_id)
+        if not by_node:
+            return states
+        asked = [run_id for mine in by_node.values() for run_id in mine]
+        inspect = self._app.control.inspect(
+            destination=list(by_node), timeout=INSPECT_SECONDS, limit=len(by_node)
+        )
+        # The command is that of wove.worker.celery.
+        answers = inspect._request("wove_runs", ids=asked) or {}
+        for node, mine in by_node.items():
+            for run_id in mine:
+                requeues = self.worker_of(run_id).get("requeues") is True
+                states[run_id] = _state(node, run_id, answers.get(node), requeues)
+        return states
+
+    def _parked(self, run_id: str) -> bytes | None:
+        from celery.backends.base import DisabledBackend
+
+        backend = self._app.backend
+        # Other formats than JSON would be decoded before anything is verified.
+        if isinstance(backend, DisabledBackend) or self._app.conf.result_serializer != "json":
+            return None
+        try:
+            meta = backend.get_task_meta(f"{run_id}{PARKED_SUFFIX}", cache=False)
+            kept = meta.get("result") if meta.get("status") == "SUCCESS" else None
+            text = kept.get(PARKED_FIELD) if isinstance(kept, dict) else None
+            return base64.b64decode(text, validate=True) if isinstance(text, str) else None
+        except (binascii.Error, AttributeError):
+            return None
 
     async def close(self) -> None:
         """Close an app that was made here; never a user's."""
@@ -172,6 +233,25 @@ class CeleryAdapter(BackendAdapter):
 
     #: The app made from ``broker_url``.
     _owned: Any = None
+
+
+def _state(node: str, run_id: str, answer: Any, requeues: bool) -> BackendState:
+    """Read a worker's answer to ``wove_runs``: per task id, where it is and a word about it."""
+    if not isinstance(answer, dict):
+        return BackendState("lost", f"the Celery worker {node} does not answer any more")
+    if "error" in answer:  # an older release there: Celery's own word for an unknown command
+        return BackendState("unknown", str(answer["error"]))
+    found = answer.get(run_id)
+    word, detail = found if isinstance(found, (list, tuple)) and len(found) == 2 else ("", "")
+    if word == "active":
+        return BackendState("running", f"active on {node}")
+    if word == "reserved":
+        return BackendState("queued", f"reserved on {node}")
+    if requeues:
+        return BackendState("queued", f"not on {node} any more; acks_late puts it back on the queue")
+    if word == "died":
+        return BackendState("lost", f"the pool process on {node} ended with {detail}")
+    return BackendState("gone", f"the Celery worker {node} is not at it any more")
 
 
 def make_app(broker_url: str, *, name: str, backend: str | None = None) -> Any:

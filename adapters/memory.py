@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from wove.adapters.base import BackendAdapter, BackendState
+from wove.backend import job_id
 from wove.errors import ConfigurationError, safe_text
 from wove.threads import DaemonPool
 
@@ -43,20 +44,21 @@ class MemoryAdapter(BackendAdapter):
 
     async def submit(self, payload: bytes, frame: Frame) -> str:
         """Queue the payload for a thread."""
-        run_id: str = frame["run_id"]
+        job = job_id(frame)
         if self._workers is None:
             raise RuntimeError("the memory adapter is not started")
         with self._lock:
-            self._jobs[run_id] = self._workers.submit(self._work, payload, run_id)
-        return run_id
+            self._jobs[job] = self._workers.submit(self._work, payload, job)
+        return job
 
     async def cancel(self, run_id: str, submission: Any, frame: Frame) -> bool:
         """Take a queued payload out of the queue."""
+        name = submission or job_id(frame)
         with self._lock:
-            job = self._jobs.get(run_id)
+            job = self._jobs.get(name)
             if job is None or not job.cancel():
                 return False
-            del self._jobs[run_id]
+            del self._jobs[name]
             return True
 
     async def probe(self, run_ids: Sequence[str]) -> dict[str, BackendState]:
@@ -75,19 +77,17 @@ class MemoryAdapter(BackendAdapter):
         # The fleet is in this very process: it need not wait for its next task.
         retire(split_url(self.callback_url)[0])
 
-    def _work(self, payload: bytes, run_id: str) -> None:
+    def _work(self, payload: bytes, job: str) -> None:
         from wove.worker.execution import run
 
         try:
-            run(payload, backend={"backend": "memory", "job": run_id})
+            run(payload, backend={"backend": "memory", "job": job})
         except BaseException as exc:
             # It was reported to the submitter; as any backend, this one logs it besides.
-            logger.info(
-                "the task of run %s ended with %s: %s", run_id, type(exc).__name__, safe_text(exc, 400)
-            )
+            logger.info("the task of run %s ended with %s: %s", job, type(exc).__name__, safe_text(exc, 400))
         finally:
             with self._lock:
-                self._jobs.pop(run_id, None)
+                self._jobs.pop(job, None)
 
 
 def _state(job: Future[Any] | None) -> BackendState:

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from wove.adapters.base import BackendAdapter, BackendState
-from wove.backend import as_text, summarize_call
+from wove.backend import as_text, job_id, summarize_call
 from wove.errors import ConfigurationError, SubmitError
 from wove.security import scrub, without_passwords
 
@@ -24,6 +24,8 @@ FAILURE_TTL = 300
 REDIS_TIMEOUT = 5.0
 #: Seconds that RQ's worker waits for the callback server to take its webhook.
 WEBHOOK_TIMEOUT = 4
+#: Field of a job's hash where a worker leaves an outcome that it could not deliver.
+PARKED_FIELD = "wove_outcome"
 
 _DELETE_QUEUED = """
 if redis.call('lrem', KEYS[1], 1, ARGV[1]) == 0 then return 0 end
@@ -59,6 +61,7 @@ class RqAdapter(BackendAdapter):
         if not hasattr(options, "items"):
             raise ConfigurationError('executor_config["enqueue_options"] is a mapping')
         self._options = dict(options)
+        self.stops_running = bool(config.get("stop_on_cancel"))
         self._queue = await self.blocking(self._find_queue)
         self._webhook = _webhook_class()
 
@@ -104,7 +107,7 @@ class RqAdapter(BackendAdapter):
         for payload, frame in batch:
             try:
                 jobs.append(self._job(payload, frame))
-                results.append(frame["run_id"])
+                results.append(job_id(frame))
             except Exception as exc:  # enqueue_options that RQ does not take, for one
                 results.append(ConfigurationError(f'RQ refuses executor_config["enqueue_options"]: {exc}'))
         try:
@@ -129,14 +132,15 @@ class RqAdapter(BackendAdapter):
         return error
 
     def _job(self, payload: bytes, frame: Frame) -> Any:
-        timeout = (frame.get("delivery") or {}).get("timeout")
+        delivery = frame.get("delivery") or {}
+        timeout = delivery.get("timeout")
         settings: dict[str, Any] = {
             "args": (payload if self._binary else as_text(payload),),
-            "job_id": frame["run_id"],
+            "job_id": job_id(frame),
             # RQ's default would end every job after 180 s; -1 is its word for no limit.
             "timeout": math.ceil(timeout) + 1 if timeout else -1,
             # Work that nobody waits for any more is not started.
-            "ttl": math.ceil(timeout) + 1 if timeout else None,
+            "ttl": math.ceil(timeout) + 1 if timeout and not delivery.get("keep") else None,
             # Nothing is left behind: no result, and a failed job only for a while.
             "result_ttl": 0,
             "failure_ttl": FAILURE_TTL,
@@ -166,26 +170,26 @@ class RqAdapter(BackendAdapter):
 
     async def cancel(self, run_id: str, submission: Any, frame: Frame) -> bool:
         """Delete a queued job; with ``stop_on_cancel`` also end the process of a running one."""
-        return bool(await self.blocking(self._cancel, run_id))
+        job = submission or job_id(frame)
+        if frame.get("escalate"):
+            await self.blocking(self._stop, job)
+            return False
+        return bool(await self.blocking(self._delete_queued, job))
 
-    def _cancel(self, run_id: str) -> bool:
+    def _delete_queued(self, job: str) -> bool:
         from rq.job import Job
 
         connection = self._queue.connection
         # In one step: whoever takes the id out of the list owns the job, so a job that a
         # worker has popped is never deleted under it, and none is left half deleted.
-        if connection.eval(_DELETE_QUEUED, 2, self._queue.key, Job.key_for(run_id), run_id):
-            return True
-        if self.config.get("stop_on_cancel"):
-            self._stop(run_id)
-        return False
+        return bool(connection.eval(_DELETE_QUEUED, 2, self._queue.key, Job.key_for(job), job))
 
-    def _stop(self, run_id: str) -> None:
+    def _stop(self, job: str) -> None:
         from rq.command import send_stop_job_command
         from rq.exceptions import InvalidJobOperation, NoSuchJobError
 
         try:
-            send_stop_job_command(self._queue.connection, run_id, serializer=self._queue.serializer)
+            send_stop_job_command(self._queue.connection, job, serializer=self._queue.serializer)
         except (NoSuchJobError, InvalidJobOperation):
             pass  # it has ended meanwhile, or has not begun yet
 
@@ -197,8 +201,45 @@ class RqAdapter(BackendAdapter):
     def _probe(self, run_ids: list[str]) -> dict[str, BackendState]:
         from rq.job import Job
 
-        jobs = Job.fetch_many(run_ids, connection=self._queue.connection, serializer=self._queue.serializer)
-        return {run_id: _state(job) for run_id, job in zip(run_ids, jobs, strict=True)}
+        # Not by RQ's own Job.fetch_many, which unpickles what it finds.
+        with self._queue.connection.pipeline(transaction=False) as pipeline:
+            for run_id in run_ids:
+                pipeline.hmget(Job.key_for(run_id), "status", "worker_name", PARKED_FIELD)
+            found = dict(zip(run_ids, pipeline.execute(), strict=True))
+        workers = {_text(worker) for status, worker, _ in found.values() if _text(status) == "started"}
+        alive = self._alive(workers - {""}) if workers else {}
+        return {
+            run_id: _state(_text(status), _text(worker), alive.get(_text(worker)), parked)
+            for run_id, (status, worker, parked) in found.items()
+        }
+
+    def _alive(self, workers: set[str]) -> dict[str, bool]:
+        """Return for each worker of which it is known whether it lives.
+
+        RQ itself learns of a killed worker after minutes. Redis knows at once: a worker gives its
+        connection its own name, and keeps it while it lives.
+        """
+        from redis.exceptions import RedisError
+        from rq.worker import BaseWorker
+
+        connection = self._queue.connection
+        known: dict[str, bool] = {}
+        try:
+            connected = {client.get("name") for client in connection.client_list()}
+            known = dict.fromkeys(workers & connected, True)
+            missing = sorted(workers - connected)
+            if missing:
+                now, _ = connection.time()
+                began = now - int(connection.info("server")["uptime_in_seconds"])
+                with connection.pipeline(transaction=False) as pipeline:
+                    for worker in missing:
+                        pipeline.hget(BaseWorker.redis_worker_namespace_prefix + worker, "birth")
+                    births = dict(zip(missing, pipeline.execute(), strict=True))
+                # A worker that is older than this Redis server lost the name with its connection.
+                known.update({worker: False for worker, birth in births.items() if _is_after(birth, began)})
+        except (RedisError, KeyError, ValueError):
+            pass  # not allowed here, or a proxy in between: not known
+        return known
 
     async def close(self) -> None:
         """Close a client that was made here; never a user's."""
@@ -223,12 +264,30 @@ _STATES = {
 }
 
 
-def _state(job: Any) -> BackendState:
-    if job is None:
-        return BackendState("gone")
-    status = job.get_status(refresh=False)
-    word = str(getattr(status, "value", status))
-    return BackendState(_STATES.get(word, "unknown"), word)
+def _state(status: str, worker: str, alive: bool | None, parked: bytes | None) -> BackendState:
+    if not status:
+        return BackendState("gone", "RQ has no such job", parked)
+    detail = f"RQ's job is {status}"
+    if status != "started":
+        return BackendState(_STATES.get(status, "unknown"), detail, parked)
+    if alive is None:
+        return BackendState("unknown", f"{detail}, whether its worker {worker} lives is not known", parked)
+    if alive:
+        return BackendState("running", f"{detail}, its worker {worker} is there", parked)
+    return BackendState("lost", f"{detail}, and its worker {worker} has left Redis", parked)
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value or "")
+
+
+def _is_after(birth: Any, moment: float) -> bool:
+    from rq.utils import utcparse
+
+    try:
+        return bool(utcparse(_text(birth)).timestamp() > moment)
+    except (ValueError, TypeError):
+        return False
 
 
 def _carries_bytes(serializer: Any) -> bool:

@@ -8,13 +8,18 @@ from wove import frames
 from wove.errors import ProtocolError, normalize_exception, safe_text
 from wove.plain_data import from_tagged
 from wove.remote_errors import decode_exception
-from wove.wire import decode_value, unpack_json, unpack_message
+from wove.security import event_tag, same
+from wove.wire import decode_value, unpack_json, unpack_message, unpark
 
 if TYPE_CHECKING:
+    from wove.callback_server.runs import OpenRun
     from wove.frames import Frame
 
 JSON = "application/json"
 MSGPACK = "application/msgpack"
+
+#: Longest name of an execution, in characters.
+MAX_EXECUTION = 64
 
 
 def decode_batch(body: bytearray, codec: str, run_id: str, *, final: bool) -> list[Frame]:
@@ -42,6 +47,23 @@ def decode_batch(body: bytearray, codec: str, run_id: str, *, final: bool) -> li
     return batch
 
 
+def open_parked(run: OpenRun, blob: bytes) -> list[Frame]:
+    """Verify and decode an outcome that a worker has left with the backend.
+
+    Args:
+        run: the run it is said to be of.
+        blob: as :func:`wove.wire.park` makes it.
+
+    Raises:
+        ProtocolError: it is not signed with the run's key, or malformed.
+    """
+    kid, tag, body = unpark(blob)
+    key = run.key(kid)
+    if key is None or not same(event_tag(key, run.run_id, MSGPACK, True, [body]), tag):
+        raise ProtocolError(f"the outcome that was parked for run {run.run_id} is not signed with its key")
+    return decode_batch(bytearray(body), MSGPACK, run.run_id, final=True)
+
+
 def _check_batch(run_id: str, batch: list[Frame], final: bool) -> None:
     for index, frame in enumerate(batch):
         frames.check_event(frame)
@@ -61,9 +83,14 @@ def _frames_of(message: dict[str, Any]) -> list[Frame]:
     if type(batch) is not list or not all(type(frame) is dict for frame in batch):
         raise ProtocolError("frames is a list of mappings")
     worker = message.get("worker")
-    if type(worker) is dict:
-        for frame in batch:
+    execution = message.get("execution")
+    for frame in batch:
+        # By whom it was sent is said once per request, and not by a frame itself.
+        frame.pop("execution", None)
+        if type(worker) is dict:
             frame["worker"] = worker
+        if type(execution) is str and len(execution) <= MAX_EXECUTION:
+            frame["execution"] = execution
     return batch
 
 

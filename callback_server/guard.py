@@ -32,13 +32,26 @@ DESCRIPTOR_SHARE = 4
 #: Bytes of bodies that may be under way at once; beyond it peers are asked to come back.
 MAX_BYTES_IN_FLIGHT = 512 * 1024 * 1024
 #: Seconds between two looks at the connections.
-SWEEP_SECONDS = 0.5
+SWEEP_SECONDS = 0.25
+#: Seconds between two such looks after which the process itself must have stood still.
+PAUSE_SECONDS = 3.0
 
 
 class Guard:
-    """Watches the connections of one server and reads bodies under its limits."""
+    """Watches the connections of one server and reads bodies under its limits.
 
-    def __init__(self) -> None:
+    Args:
+        on_lost: called with each connection that has ended, soon after it did.
+        on_pause: called when the server could not serve for some seconds.
+    """
+
+    def __init__(
+        self,
+        on_lost: Callable[[Any], None] | None = None,
+        on_pause: Callable[[], None] | None = None,
+    ) -> None:
+        self._on_lost = on_lost
+        self._on_pause = on_pause
         self._last_seen: dict[Any, float] = {}
         self._used: set[Any] = set()
         self._active: set[Any] = set()
@@ -56,8 +69,13 @@ class Guard:
 
     async def sweep(self, server: web.Server) -> None:
         """Close connections that idle or dribble, for ever."""
+        last = time.monotonic()
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
+            now = time.monotonic()
+            if now - last > PAUSE_SECONDS and self._on_pause is not None:
+                self._on_pause()
+            last = now
             self._sweep_once(server)
 
     def _sweep_once(self, server: web.Server) -> None:
@@ -66,6 +84,8 @@ class Guard:
         for gone in [protocol for protocol in self._last_seen if protocol not in live]:
             del self._last_seen[gone]
             self._used.discard(gone)
+            if self._on_lost is not None:
+                self._on_lost(gone)
         for protocol in live:
             self._last_seen.setdefault(protocol, now)
         idle = sorted((p for p in self._last_seen if p not in self._active), key=self._last_seen.__getitem__)

@@ -11,6 +11,8 @@ from wove.callback_server.server import CallbackListener
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from typing_extensions import Buffer
+
     from wove.callback_server.runs import OpenRun
     from wove.frames import Frame
 
@@ -43,6 +45,12 @@ class Lease:
         self._sink = run.sink
         self._listener.open_run(run)
 
+    def renew_run(self, run: OpenRun, attempt: int, message: list[Buffer] | None) -> None:
+        """Begin another attempt of an open run; whoever is at an earlier one is told to stop."""
+        run.renew(attempt, message)
+        if self._listener is not None:
+            self._listener.wake_run(run)
+
     def close_run(self, run_id: str) -> None:
         """Take no more events for a run."""
         if self._listener is not None:
@@ -53,10 +61,23 @@ class Lease:
         if self._listener is not None:
             self._listener.cancel_run(run_id)
 
+    def find(self, run_id: str) -> OpenRun | None:
+        """Return an open run."""
+        return self._listener.runs.get(run_id) if self._listener is not None else None
+
     def has_started(self, run_id: str) -> bool:
         """Tell whether a worker has spoken of the run."""
-        run = self._listener.runs.get(run_id) if self._listener is not None else None
+        run = self.find(run_id)
         return run is not None and run.started
+
+    async def take_parked(self, run_id: str, blob: bytes) -> None:
+        """Take an outcome in that a worker has left with the backend.
+
+        Raises:
+            ProtocolError: it is not signed with the run's key, or malformed.
+        """
+        if self._listener is not None:
+            await self._listener.take_parked(run_id, blob)
 
     def open_runs(self) -> list[OpenRun]:
         """Return this user's runs that were not closed yet."""
@@ -66,11 +87,13 @@ class Lease:
 
     def release(self) -> None:
         """Close what is left of this user's runs; the last user stops the listener. Blocks shortly."""
-        left = [run.run_id for run in self.open_runs()]
+        left = self.open_runs()
         listener, self._listener = self._listener, None
         if listener is None:
             return
-        listener.close_runs(left)
+        # Work that was told to stop is over; what was left to run on is not.
+        for over in (True, False):
+            listener.close_runs([run.run_id for run in left if run.cancelled is over], ended=over)
         with _lock:
             shared = _listeners.get(self._key)
             if shared is None or shared.listener is not listener:

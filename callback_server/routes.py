@@ -3,11 +3,13 @@
 ``POST /wove/v1/events/{run_id}``    events of a run, signed with its key
 ``POST /wove/v1/beats``              the open beat: held until a run is cancelled, or its time is up
 ``GET  /wove/v1/payloads/{run_id}``  a message that was too large for the broker
-``POST /wove/v1/failed/{run_id}``    a backend's own word that the run failed (RQ's webhook)
+``POST /wove/v1/failed/{job_id}``    a backend's own word that the run failed (RQ's webhook)
 ``GET  /healthz``                    answers while the listener is alive
 
 The order of checks is: is the run open (410), is the key known (401), is the length
-allowed (413), is the signature right (401); only then are bytes decoded (400).
+allowed (413), is the signature right (401); only then are bytes decoded (400). A worker that
+asks for leave to start gets 204 (go), 410 (not wanted), 409 (another worker is at it) or
+503 (another one may be: ask again).
 """
 
 from __future__ import annotations
@@ -16,27 +18,28 @@ import asyncio
 import json
 import logging
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from wove import frames
-from wove.callback_server.decoding import decode_batch
-from wove.callback_server.guard import Guard, refusal
-from wove.errors import ProtocolError, WorkerLostError, cut, normalize_exception
+from wove.callback_server.beats import Beats
+from wove.callback_server.decoding import decode_batch, open_parked
+from wove.callback_server.replies import ENDED, gone, reply, unauthorized
+from wove.errors import ProtocolError, cut, lost, normalize_exception
 from wove.security import (
-    beat_tag,
-    cancel_tag,
     event_tag,
     fetch_tag,
     reply_tag,
     same,
     webhook_token,
 )
+from wove.threads import in_thread
 
 if TYPE_CHECKING:
-    from wove.callback_server.runs import OpenRun, OpenRuns
+    from wove.callback_server.contacts import Contacts
+    from wove.callback_server.guard import Guard
+    from wove.callback_server.runs import Execution, OpenRun, OpenRuns
     from wove.frames import Frame
 
 logger = logging.getLogger("wove.callback_server")
@@ -45,48 +48,31 @@ logger = logging.getLogger("wove.callback_server")
 MAX_NEWS = 256 * 1024
 #: Bodies from this size, in bytes, are verified and decoded in a thread of their own.
 THREAD_FROM = 1024 * 1024
-#: Seconds a beat is held at most, whatever the worker asks for.
-MAX_HOLD = 30.0
-MAX_RUNS_IN_BEAT = 256
-#: Executions of one run that may beat: each broker redelivery makes one more.
-MAX_EXECUTIONS = 64
+#: Seconds since its last word within which an execution without an open connection may yet speak.
+FRESH_CONTACT = 2.0
+#: Seconds since its last word within which an execution with an open connection is at work.
+ALIVE_CONTACT = 8.0
+#: Seconds after which a worker may ask again for leave to start.
+ASK_AGAIN = 0.5
 #: Seconds that an outcome gets to arrive after a backend has said that the run failed.
 FAILURE_GRACE = 1.0
-
-
-@dataclass(slots=True)
-class _Beat:
-    """One verified line of a beat."""
-
-    run: OpenRun
-    execution: str
-    count: int
-    key: bytes
-    told: bool
-
-    @property
-    def to_cancel(self) -> bool:
-        return self.run.cancelled and not self.told
-
-    def cancel_line(self) -> str:
-        tag = cancel_tag(self.key, self.run.run_id, self.execution, self.count)
-        return f"cancel {self.execution} {tag.hex()}"
 
 
 class Routes:
     """The request handlers of one listener."""
 
-    def __init__(self, runs: OpenRuns, guard: Guard) -> None:
+    def __init__(self, runs: OpenRuns, guard: Guard, contacts: Contacts) -> None:
         self._runs = runs
         self._guard = guard
+        self._contacts = contacts
 
     def table(self) -> list[web.RouteDef]:
         """Return the routes."""
         return [
             web.post("/wove/v1/events/{run_id}", self.events),
-            web.post("/wove/v1/beats", self.beats),
+            web.post("/wove/v1/beats", Beats(self._runs, self._guard, self._contacts).hold),
             web.get("/wove/v1/payloads/{run_id}", self.payload),
-            web.post("/wove/v1/failed/{run_id}", self.failed),
+            web.post("/wove/v1/failed/{job_id}", self.failed),
             web.get("/healthz", self.health),
         ]
 
@@ -108,90 +94,91 @@ class Routes:
             batch = await loop.run_in_executor(None, _verify_and_decode, request, run, key, tag, final, body)
         else:
             batch = _verify_and_decode(request, run, key, tag, final, body)
-        run.started = True
         if self._runs.get(run.run_id) is not run:  # closed while the body came in
-            raise _gone(request)
-        return self._take(run, key, tag, batch)
+            raise self._gone(request)
+        return self._take(request, run, key, tag, batch)
 
-    def _take(self, run: OpenRun, key: bytes, tag: bytes, batch: list[Frame]) -> web.Response:
-        if run.cancelled and all(frame.get("fence") for frame in batch):
-            # The worker asks before it starts: the run ends here, and never starts.
-            last = batch[-1]
-            batch = [
-                frames.event(frames.TASK_CANCELLED, run.run_id, run.task_id, last["attempt"], last["seq"])
-            ]
-            self._close_with(run, batch)
-            raise web.HTTPGone
-        if any(frame["type"] in frames.TERMINAL for frame in batch):
-            self._close_with(run, batch)
-            return _reply(204)
+    def _take(
+        self, request: web.Request, run: OpenRun, key: bytes, tag: bytes, batch: list[Frame]
+    ) -> web.Response:
+        last = batch[-1]
+        if last["type"] in frames.TERMINAL:
+            return self._end(run, batch)
+        name = last.get("execution", "")
+        if last.get("fence"):
+            self._check_leave(run, run.executions.get(name), last)
+        execution = run.execution(name, last["attempt"])
+        if execution is not None:
+            # Who does not name its execution, or closes its connection, is not known by it.
+            known = name and request.keep_alive
+            self._contacts.heard(request.protocol if known else None, run, execution)
+        run.worker = last.get("worker", run.worker)
+        if last["type"] == frames.TASK_RETRY and execution is not None:
+            # The next execution may be long in coming, and anywhere.
+            execution.over = True
+            run.worker = {}
         run.sink(batch)
+        if run.cancelled or last["attempt"] < run.attempt:
+            return reply(200, {"Wove-Cancel": reply_tag(key, tag, b"cancel").hex()})
+        return reply(204)
+
+    def _end(self, run: OpenRun, batch: list[Frame]) -> web.Response:
+        last = batch[-1]
+        failed = last["type"] == frames.TASK_ERROR
+        if failed and last["attempt"] < run.attempt:
+            return reply(204)  # a newer attempt is at work
+        if failed and last["error"].get("source") == "backend":
+            # A lost worker is no outcome before the run has no attempt left.
+            if run.lost < run.attempt:
+                run.lost = run.attempt
+                run.forsake()
+                run.sink(batch)
+        else:
+            self._close_with(run, batch)
+        return reply(204)
+
+    def _check_leave(self, run: OpenRun, asking: Execution | None, frame: Frame) -> None:
+        """A worker asks before it starts: may it?"""
         if run.cancelled:
-            return _reply(200, {"Wove-Cancel": reply_tag(key, tag, b"cancel").hex()})
-        return _reply(204)
+            # The run ends here, and never starts.
+            self._close_with(
+                run,
+                [
+                    frames.event(
+                        frames.TASK_CANCELLED, run.run_id, run.task_id, frame["attempt"], frame["seq"]
+                    )
+                ],
+            )
+            raise web.HTTPGone(headers=ENDED)
+        if frame["attempt"] < run.attempt:
+            raise web.HTTPGone(headers=ENDED)
+        now = time.monotonic()
+        for other in run.living():
+            if other is asking:
+                continue
+            silence = now - other.last_contact
+            if other.connections and silence < ALIVE_CONTACT:
+                raise web.HTTPConflict
+            if silence < FRESH_CONTACT:
+                raise web.HTTPServiceUnavailable(headers={"Retry-After": str(ASK_AGAIN)})
 
     def _close_with(self, run: OpenRun, batch: list[Frame]) -> None:
         self._runs.close(run.run_id)
         run.sink(batch)
 
-    # --- the open beat ----------------------------------------------------------
+    async def take_parked(self, run_id: str, blob: bytes) -> None:
+        """Take an outcome in that a worker has left with the backend.
 
-    async def beats(self, request: web.Request) -> web.Response:
-        """Hold the request until a run of it is cancelled, all are closed, or its time is up."""
-        body = await self._guard.read_body(request, MAX_NEWS)
-        hold, beating = self._read_beat(request, body)
-        wake = asyncio.Event()
-        for beat in beating:
-            beat.run.watchers.add(wake)
-            beat.run.sink([beat.run.event(frames.HEARTBEAT)])
-        try:
-            async with asyncio.timeout(hold):
-                while not any(beat.to_cancel for beat in beating) and self._any_open(beating):
-                    await wake.wait()
-                    wake.clear()
-        except TimeoutError:
-            pass
-        finally:
-            for beat in beating:
-                beat.run.watchers.discard(wake)
-        return _reply(200, text="\n".join(beat.cancel_line() for beat in beating if beat.to_cancel))
-
-    def _any_open(self, beating: list[_Beat]) -> bool:
-        return any(self._runs.get(beat.run.run_id) is beat.run for beat in beating)
-
-    def _read_beat(self, request: web.Request, body: bytearray) -> tuple[float, list[_Beat]]:
-        """Read ``hold SECONDS`` and ``run|stopping ID EXECUTION COUNT KID TAG`` lines, verified."""
-        hold = MAX_HOLD
-        beating = []
-        gone = False
-        for line in bytes(body).decode("ascii", "replace").split("\n")[: MAX_RUNS_IN_BEAT + 1]:
-            words = line.split(" ")
-            if words[0] == "hold" and len(words) == 2:
-                hold = _seconds(words[1])
-            elif words[0] in ("run", "stopping") and len(words) == 6:
-                beat = self._verified_beat(*words)
-                gone = gone or beat is None
-                if beat is not None:
-                    beating.append(beat)
-        if not beating:
-            raise _gone(request) if gone else refusal(web.HTTPBadRequest())
-        return hold, beating
-
-    def _verified_beat(
-        self, word: str, run_id: str, execution: str, count: str, kid: str, tag: str
-    ) -> _Beat | None:
+        Raises:
+            ProtocolError: it is not signed with the run's key, or malformed.
+        """
         run = self._runs.get(run_id)
-        key = run.key(kid) if run is not None else None
-        if run is None or key is None or not (count.isdecimal() and len(count) < 12):
-            return None
-        number = int(count)
-        expected = beat_tag(key, run_id, execution, number).hex().encode()
-        if not same(expected, tag.encode("utf-8", "replace")) or number <= run.beats.get(execution, 0):
-            return None
-        if len(run.beats) >= MAX_EXECUTIONS and execution not in run.beats:
-            return None
-        run.beats[execution] = number
-        return _Beat(run, execution, number, key, told=word == "stopping")
+        if run is None:
+            return
+        # Its size is a backend's, not a request's: the listener stays free meanwhile.
+        batch = await in_thread(open_parked, run, blob)
+        if self._runs.get(run_id) is run:
+            self._close_with(run, batch)
 
     # --- large payloads ---------------------------------------------------------
 
@@ -200,10 +187,10 @@ class Routes:
         run = self._open_run(request)
         key = _known_key(request, run)
         if not same(fetch_tag(key, run.run_id), _given_tag(request)):
-            raise _unauthorized(request)
+            raise unauthorized(request)
         message = run.message
         if message is None or run.cancelled:
-            raise _gone(request)
+            raise self._gone(request)
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
         response.content_length = sum(memoryview(part).nbytes for part in message)
         await response.prepare(request)
@@ -219,48 +206,48 @@ class Routes:
     async def failed(self, request: web.Request) -> web.Response:
         """Take the backend's word that a run has failed, proven by the run's token."""
         body = await self._guard.read_body(request, MAX_NEWS)
-        run = self._runs.get(request.match_info["run_id"])
+        job, attempt = _split_job_id(request.match_info["job_id"])
+        run = self._runs.get(job)
         if run is None:
             # RQ also tells of failures that were reported long before; that is no mistake.
-            return _reply(204)
+            return reply(204)
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         key = run.key(run.ring.primary.kid)
         if (
             key is None
             or scheme != "Bearer"
-            or not same(webhook_token(key, run.run_id).encode(), token.encode("utf-8", "replace"))
+            or not same(
+                webhook_token(key, request.match_info["job_id"]).encode(), token.encode("utf-8", "replace")
+            )
         ):
-            raise _unauthorized(request)
+            raise unauthorized(request)
         reason = _failure_text(body)
-        asyncio.get_running_loop().call_later(FAILURE_GRACE, self._lose, run, reason)
-        return _reply(204)
+        asyncio.get_running_loop().call_later(FAILURE_GRACE, self._lose, run, attempt, reason)
+        return reply(204)
 
-    def _lose(self, run: OpenRun, reason: str) -> None:
-        if self._runs.get(run.run_id) is not run:
-            return  # its outcome has arrived
+    def _lose(self, run: OpenRun, attempt: int, reason: str) -> None:
+        if self._runs.get(run.run_id) is not run or run.attempt != attempt:
+            return  # its outcome has arrived, or another attempt is at work
         last_line = reason.strip().rsplit("\n", 1)[-1]
-        error = {
-            "kind": WorkerLostError.__name__,
-            "message": f"the backend says that the job failed before it reported an outcome: {last_line}",
-            "traceback": reason,
-            "retryable": True,
-            "source": "backend",
-        }
-        self._close_with(run, [run.event(frames.TASK_ERROR, error=error)])
+        message = f"the backend says that the job failed before it reported an outcome: {last_line}"
+        self._end(run, [run.event(frames.TASK_ERROR, error=lost(message, reason))])
 
     # --- shared -----------------------------------------------------------------
 
     def _open_run(self, request: web.Request) -> OpenRun:
         run = self._runs.get(request.match_info["run_id"])
         if run is None:
-            raise _gone(request)
+            raise self._gone(request)
         return run
+
+    def _gone(self, request: web.Request) -> web.HTTPException:
+        return gone(request, ended=self._runs.has_ended(request.match_info["run_id"]))
 
 
 def _known_key(request: web.Request, run: OpenRun) -> bytes:
     key = run.key(request.headers.get("Wove-Key", ""))
     if key is None:
-        raise _unauthorized(request)
+        raise unauthorized(request)
     return key
 
 
@@ -276,7 +263,7 @@ def _verify_and_decode(
 ) -> list[Frame]:
     codec = request.content_type
     if not same(event_tag(key, run.run_id, codec, final, [body]), tag):
-        raise _unauthorized(request)
+        raise unauthorized(request)
     try:
         return decode_batch(body, codec, run.run_id, final=final)
     except ProtocolError as exc:
@@ -286,32 +273,15 @@ def _verify_and_decode(
         return [run.event(frames.TASK_ERROR, error=normalize_exception(exc, source="worker"))]
 
 
+def _split_job_id(job_id: str) -> tuple[str, int]:
+    """Return run and attempt of a job's id as :func:`wove.backend.job_id` makes it."""
+    run_id, _, number = job_id.partition("-")
+    return run_id, int(number) if number.isdecimal() and len(number) < 9 else 1
+
+
 def _failure_text(body: bytearray) -> str:
     try:
         text = json.loads(bytes(body)).get("exc_info")
     except (ValueError, AttributeError, RecursionError):
         text = None
     return cut(text) if isinstance(text, str) and text.strip() else "no reason given"
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        return MAX_HOLD
-    return min(MAX_HOLD, max(0.1, value)) if value == value else MAX_HOLD
-
-
-def _reply(status: int, headers: dict[str, str] | None = None, text: str | None = None) -> web.Response:
-    # Workers learn our clock from this, to tell how long a payload has waited.
-    return web.Response(
-        status=status, headers={"Wove-Time": f"{time.time():.6f}", **(headers or {})}, text=text
-    )
-
-
-def _gone(request: web.Request) -> web.HTTPException:
-    return refusal(web.HTTPGone()) if request.body_exists else web.HTTPGone()
-
-
-def _unauthorized(request: web.Request) -> web.HTTPException:
-    return refusal(web.HTTPUnauthorized())

@@ -1,7 +1,8 @@
-"""The runs a listener takes events for."""
+"""The runs a listener takes events for, and who was last heard of each."""
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,33 @@ if TYPE_CHECKING:
 
 #: Cancelled runs that are remembered for workers which have yet to hear of it.
 MAX_CANCELLED = 4096
+#: Ids of runs that have ended, by which work that nobody waits for is told from work that is done.
+MAX_ENDED = 4096
+#: Executions of one run that are followed: each broker redelivery makes one more.
+MAX_EXECUTIONS = 64
+
+
+class Execution:
+    """One execution of a run, as far as it was heard of.
+
+    Attributes:
+        attempt: the attempt it belongs to.
+        beats: the count of its last beat.
+        connections: those of its process that are open, as far as known.
+        last_contact: when it was last heard of, in monotonic seconds.
+        suspect_since: when the last of its connections was lost; None while one is open.
+        over: it has ended, or nothing that it says counts any more.
+    """
+
+    __slots__ = ("attempt", "beats", "connections", "last_contact", "over", "suspect_since")
+
+    def __init__(self, attempt: int) -> None:
+        self.attempt = attempt
+        self.beats = 0
+        self.connections: set[Any] = set()
+        self.last_contact = time.monotonic()
+        self.suspect_since: float | None = None
+        self.over = False
 
 
 class OpenRun:
@@ -35,11 +63,14 @@ class OpenRun:
             False when nobody listens any more.
         max_body: the largest body, in bytes, of a request with an outcome.
         message: what workers may fetch, or None.
+        attempt: which attempt workers are to make; events of earlier ones count little.
+        heartbeat: seconds of silence allowed, or None.
+        on_suspect: called in the listener's thread when a process that runs it is gone.
     """
 
     __slots__ = (
-        "_keys", "attempt", "beats", "cancelled", "environment", "max_body", "message",
-        "nonce", "ring", "run_id", "sink", "started", "task_id", "watchers",
+        "_keys", "attempt", "cancelled", "cancelled_at", "closed", "environment", "executions", "heartbeat", "job", "lost", "max_body", "message", "nonce",
+        "on_suspect", "opened_at", "ring", "run_id", "sink", "task_id", "watchers", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +85,8 @@ class OpenRun:
         max_body: int,
         message: list[Buffer] | None = None,
         attempt: int = 1,
+        heartbeat: float | None = None,
+        on_suspect: Callable[[OpenRun], None] | None = None,
     ) -> None:
         self.run_id = run_id
         self.task_id = task_id
@@ -64,14 +97,71 @@ class OpenRun:
         self.max_body = max_body
         self.message = message
         self.attempt = attempt
+        self.heartbeat = heartbeat
+        self.on_suspect = on_suspect
         self.cancelled = False
-        #: Whether a worker has spoken of it.
-        self.started = False
-        #: Per execution, the count of its last beat.
-        self.beats: dict[str, int] = {}
+        #: When it was cancelled, in monotonic seconds.
+        self.cancelled_at = 0.0
+        #: The attempt whose worker was reported dead; that is said once.
+        self.lost = 0
+        #: No events are taken for it any more.
+        self.closed = False
+        #: When the attempt was opened, in monotonic seconds.
+        self.opened_at = time.monotonic()
+        #: The id by which the backend knows the attempt.
+        self.job = run_id if attempt == 1 else f"{run_id}-{attempt}"
+        #: What the last worker that spoke of it said of itself.
+        self.worker: dict[str, Any] = {}
+        self.executions: dict[str, Execution] = {}
         #: Set when the run is cancelled or closed: wakes the beats that are held for it.
         self.watchers: set[asyncio.Event] = set()
         self._keys: dict[str, bytes] = {}
+
+    @property
+    def started(self) -> bool:
+        """Whether a worker has spoken of the current attempt."""
+        return any(self.living())
+
+    def living(self) -> list[Execution]:
+        """Return the executions of the current attempt that have not ended."""
+        return [e for e in list(self.executions.values()) if not e.over and e.attempt >= self.attempt]
+
+    @property
+    def last_contact(self) -> float:
+        """When a worker last spoke of the current attempt, or it was opened; monotonic seconds."""
+        return max([e.last_contact for e in self.living()], default=self.opened_at)
+
+    @property
+    def suspect_since(self) -> float | None:
+        """Since when no process that runs it has a connection; None when one has, or none ever had."""
+        living = self.living()
+        since = [e.suspect_since for e in living if e.suspect_since is not None]
+        return max(since) if since and len(since) == len(living) else None
+
+    def execution(self, name: str, attempt: int) -> Execution | None:
+        """Return the execution of that name, new or known; None when there are too many."""
+        execution = self.executions.get(name)
+        if execution is None:
+            if len(self.executions) >= MAX_EXECUTIONS:
+                for past in [key for key, known in list(self.executions.items()) if known.over]:
+                    del self.executions[past]
+            if len(self.executions) < MAX_EXECUTIONS:
+                execution = self.executions[name] = Execution(attempt)
+        return execution
+
+    def renew(self, attempt: int, message: list[Buffer] | None) -> None:
+        """Begin another attempt; the executions of earlier ones count no more."""
+        self.attempt = attempt
+        self.message = message
+        self.job = f"{self.run_id}-{attempt}"
+        self.opened_at = time.monotonic()
+        self.forsake()
+
+    def forsake(self) -> None:
+        """Expect nothing more of the executions there are, nor of the worker that had them."""
+        self.worker = {}
+        for execution in list(self.executions.values()):
+            execution.over = True
 
     def event(self, kind: str, **fields: Any) -> Frame:
         """Return an event of this run that arises here, not at its worker."""
@@ -94,6 +184,7 @@ class OpenRuns:
     def __init__(self) -> None:
         self._runs: dict[str, OpenRun] = {}
         self._cancelled: OrderedDict[str, None] = OrderedDict()
+        self._ended: OrderedDict[str, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -102,18 +193,48 @@ class OpenRuns:
         """Return the open run with that id."""
         return self._runs.get(run_id)
 
+    def has_ended(self, run_id: str) -> bool:
+        """Tell whether a run is known to be done or cancelled, and not merely unknown."""
+        return run_id in self._ended
+
     def add(self, run: OpenRun) -> None:
         """Take events for ``run`` from now on."""
         self._runs[run.run_id] = run
 
-    def close(self, run_id: str) -> OpenRun | None:
-        """Take no more events for a run; requests for it are answered 410."""
+    def close(self, run_id: str, *, ended: bool = True) -> OpenRun | None:
+        """Take no more events for a run; requests for it are answered 410.
+
+        Args:
+            run_id: its id.
+            ended: whether it is over, and not only of no interest here any more.
+        """
         self._cancelled.pop(run_id, None)
         run = self._runs.pop(run_id, None)
         if run is not None:
+            run.closed = True
             run.message = None
+            run.forsake()
+            run.executions.clear()
+            if ended:
+                self._ended[run_id] = None
+                if len(self._ended) > MAX_ENDED:
+                    self._ended.popitem(last=False)
             _wake(run)
         return run
+
+    def wake(self, run: OpenRun) -> None:
+        """Let the beats that are held for a run look at it again."""
+        _wake(run)
+
+    def forgive(self) -> None:
+        """Nobody could be heard for a while: that silence is not the workers'."""
+        now = time.monotonic()
+        for run in list(self._runs.values()):
+            living = run.living()
+            for execution in living:
+                execution.last_contact = now
+            if living and not run.cancelled:
+                run.sink([run.event(frames.HEARTBEAT)])
 
     def fail_all(self, exc: BaseException) -> None:
         """End every run with an error: nobody listens for them any more."""
@@ -133,6 +254,7 @@ class OpenRuns:
         if run is None or run.cancelled:
             return
         run.cancelled = True
+        run.cancelled_at = time.monotonic()
         run.message = None
         # Most workers acknowledge; one that died never does, and is forgotten in the end.
         self._cancelled[run_id] = None

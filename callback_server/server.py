@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
+from wove.callback_server.contacts import Contacts
 from wove.callback_server.guard import KEEP_ALIVE_SECONDS, Guard
 from wove.callback_server.routes import Routes
 from wove.callback_server.runs import OpenRuns
@@ -60,7 +61,9 @@ class CallbackListener:
         self.host = host
         self.port = port
         self.runs = OpenRuns()
-        self.guard = Guard()
+        self.contacts = Contacts()
+        self.guard = Guard(self.contacts.lost, self.runs.forgive)
+        self._routes: Routes | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
@@ -126,13 +129,25 @@ class CallbackListener:
         """Take events for ``run``."""
         self.runs.add(run)
 
-    def close_runs(self, run_ids: list[str]) -> None:
-        """Take no more events for these runs."""
-        self._call(lambda: [self.runs.close(run_id) for run_id in run_ids])
+    def close_runs(self, run_ids: list[str], *, ended: bool = True) -> None:
+        """Take no more events for these runs; ``ended`` tells whether they are over."""
+        self._call(lambda: [self.runs.close(run_id, ended=ended) for run_id in run_ids])
+
+    def wake_run(self, run: OpenRun) -> None:
+        """Let the run's workers hear that another attempt has begun."""
+        self._call(self.runs.wake, run)
 
     def cancel_run(self, run_id: str) -> None:
         """Tell the run's worker to stop."""
         self._call(self.runs.cancel, run_id)
+
+    async def take_parked(self, run_id: str, blob: bytes) -> None:
+        """Take an outcome in that a worker has left with the backend; see :meth:`Routes.take_parked`."""
+        routes, loop = self._routes, self._loop
+        if routes is None or loop is None:
+            return
+
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(routes.take_parked(run_id, blob), loop))
 
     def _call(self, func: Any, *args: Any) -> None:
         # In the loop's own thread: waking a held beat touches asyncio objects.
@@ -161,7 +176,8 @@ class CallbackListener:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         app = web.Application(middlewares=[self.guard.middleware], client_max_size=0)
-        app.add_routes(Routes(self.runs, self.guard).table())
+        self._routes = Routes(self.runs, self.guard, self.contacts)
+        app.add_routes(self._routes.table())
         runner = web.AppRunner(
             app,
             access_log=None,

@@ -45,7 +45,13 @@ class BuiltPayload:
 
 
 def build_payload(
-    frame: Frame, *, environment: str, ring: SecretRing, callback_url: str, max_body: int | None = None
+    frame: Frame,
+    *,
+    environment: str,
+    ring: SecretRing,
+    callback_url: str,
+    max_body: int | None = None,
+    nonce: bytes | None = None,
 ) -> BuiltPayload:
     """Encode and sign a ``run_task`` frame.
 
@@ -55,13 +61,14 @@ def build_payload(
         ring: its primary secret signs.
         callback_url: where workers report to.
         max_body: the largest outcome, in bytes, that will be taken there.
+        nonce: that of the run's earlier attempts, so that what they say can be verified as well.
 
     Raises:
         EncodeError: the callable or an argument cannot be sent; nothing was submitted.
     """
     attachments: list[Buffer] = []
     delivery = frame.get("delivery") or {}
-    nonce = secrets.token_bytes(NONCE_SIZE)
+    nonce = nonce or secrets.token_bytes(NONCE_SIZE)
     head = {
         "v": VERSION,
         "run_id": frame["run_id"],
@@ -74,13 +81,15 @@ def build_payload(
         "timeout": delivery.get("timeout"),
         "start_timeout": delivery.get("start_timeout"),
         "keep": delivery.get("keep", False),
+        "attended": delivery.get("attended", True),
         "max_body": max_body,
     }
     call = {
         "callable": encode_callable(frame["callable"], attachments),
         "args": encode_arguments(list(frame.get("positional", ())), dict(frame["args"]), attachments),
     }
-    if sum(memoryview(part).nbytes for part in attachments) < FETCH_FROM:
+    # Work that may outlive its submitter has to have everything with it.
+    if delivery.get("keep") or sum(memoryview(part).nbytes for part in attachments) < FETCH_FROM:
         message = pack_message({**head, **call}, attachments)
         return BuiltPayload(seal_payload(ring, environment, message), nonce, None)
     large = pack_message(call, attachments)
@@ -125,12 +134,34 @@ def summarize_call(frame: Frame) -> str:
     return f"({', '.join(parts)})"[:300]
 
 
+def job_id(frame: Frame) -> str:
+    """Return the id under which a backend knows this attempt of a run.
+
+    The first attempt goes by the run's id. Later ones have ids of their own: a backend may
+    remember that the first was revoked, or still hold its remains.
+    """
+    attempt = (frame.get("delivery") or {}).get("attempt", 1)
+    return str(frame["run_id"]) if attempt == 1 else f"{frame['run_id']}-{attempt}"
+
+
 def failure_webhook(
-    run_id: str, nonce: bytes, *, environment: str, ring: SecretRing, callback_url: str
+    run_id: str,
+    nonce: bytes,
+    *,
+    environment: str,
+    ring: SecretRing,
+    callback_url: str,
+    job: str | None = None,
 ) -> dict[str, str]:
-    """Return the ``url`` and ``token`` by which a backend itself reports that a run has failed."""
+    """Return the ``url`` and ``token`` by which a backend itself reports that a run has failed.
+
+    ``job`` is the attempt's id there, see :func:`job_id`; the run's own when it is not given.
+    """
     key = run_key(ring.primary, environment, run_id, nonce)
-    return {"url": f"{callback_url}/wove/v1/failed/{run_id}", "token": webhook_token(key, run_id)}
+    return {
+        "url": f"{callback_url}/wove/v1/failed/{job or run_id}",
+        "token": webhook_token(key, job or run_id),
+    }
 
 
 def resolve_callback_url(config: Mapping[str, Any], host: str, port: int) -> str:

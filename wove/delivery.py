@@ -1,112 +1,43 @@
-"""What is promised about a run, and the table that keeps track of every open one.
+"""The table that keeps track of every open run of an environment.
 
 The table is a state machine without I/O and without a clock of its own: events go in,
 at most one outcome per run comes out. Whoever drives it (:mod:`wove.dispatch`) awaits,
 sends and sets timers.
 
-States: queued -> submitted -> started -> closed, with cancelling between any of them and
-closed. A result closes a run whatever its state; what comes after is counted and dropped.
+States: queued -> submitted -> started -> closed; from started to lost, when its worker died
+and the run is to be submitted again, and from there to queued; with cancelling between any of
+them and closed. A result closes a run whatever its state; what comes after is counted and dropped.
 """
 
 from __future__ import annotations
 
-import difflib
 import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wove import frames
-from wove.errors import ConfigurationError, DeliveryTimeoutError, ProtocolError, WorkerLostError
+from wove.errors import DeliveryTimeoutError, ProtocolError, safe_text
 from wove.remote_errors import error_from_frame
+from wove.run_errors import add_history, is_loss, lost_error, name_of, where
+
+if TYPE_CHECKING:
+    from wove.policy import DeliveryPolicy
 
 #: Ids of closed runs that are remembered, to tell a late event from an unknown one.
 TOMBSTONES = 4096
+#: Executions of one run whose numbering is followed: each redelivery makes one more.
+MAX_EXECUTIONS = 64
+#: Ends of earlier attempts that are remembered for the error of the last one.
+MAX_HISTORY = 20
 
 #: What keeps a worker from speaking of a run that its backend has accepted.
 WHY_SILENT = (
     "no free worker on that queue, one with another WOVE_SECRET, or one that cannot reach the callback URL; "
     "`wove doctor` tells which"
 )
-
-_PREFIX = "delivery_"
-
-
-@dataclass(frozen=True, slots=True)
-class DeliveryPolicy:
-    """The ``delivery_*`` settings of one run; times are in seconds."""
-
-    timeout: float | None = None
-    start_timeout: float | None = None
-    heartbeat_seconds: float | None = None
-    cancel_mode: str = "best_effort"
-    cancel_timeout: float = 10.0
-    idempotency_key: str | Callable[..., str] | None = None
-    max_in_flight: int | None = None
-    orphan_policy: str = "cancel"
-    retries: int = 0
-
-    @classmethod
-    def resolve(cls, *layers: Mapping[str, Any] | None, **defaults: Any) -> DeliveryPolicy:
-        """Merge settings, the first layer winning; keys without the prefix are ignored.
-
-        Raises:
-            ConfigurationError: a misspelt key or a value that cannot be; names both.
-        """
-        merged: dict[str, Any] = dict(defaults)
-        for layer in reversed(layers):
-            for key, value in (layer or {}).items():
-                if isinstance(key, str) and key.startswith(_PREFIX):
-                    _check_setting(key, value)
-                    merged[key.removeprefix(_PREFIX)] = value
-        return cls(**merged)
-
-
-def _positive(value: object) -> bool:
-    return value is None or (type(value) in (int, float) and 0 < value < float("inf"))  # type: ignore[operator]
-
-
-def _count(value: object) -> bool:
-    return value is None or (type(value) is int and value >= 1)
-
-
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "timeout": (_positive, "a number of seconds above 0, or None"),
-    "start_timeout": (_positive, "a number of seconds above 0, or None"),
-    "heartbeat_seconds": (_positive, "a number of seconds above 0, or None"),
-    "cancel_mode": (lambda v: v in ("best_effort", "require_ack"), '"best_effort" or "require_ack"'),
-    "cancel_timeout": (lambda v: v is not None and _positive(v), "a number of seconds above 0"),
-    # The next four hold only what this version carries; the messages say so.
-    "idempotency_key": (lambda v: v is None, "None in this version of Wove, which does not share runs"),
-    "max_in_flight": (_count, "a whole number from 1, or None"),
-    "orphan_policy": (
-        lambda v: v in ("cancel", "fail", "detach"),
-        '"cancel", "fail" or "detach" ("requeue" is not part of this version of Wove)',
-    ),
-    "retries": (lambda v: type(v) is int and v == 0, "0 in this version of Wove, which does not resubmit"),
-}
-
-SETTINGS = tuple(_PREFIX + item.name for item in fields(DeliveryPolicy))
-
-
-def _check_setting(key: str, value: object) -> None:
-    check = _CHECKS.get(key.removeprefix(_PREFIX))
-    if check is None:
-        raise ConfigurationError(f"unknown delivery setting {key!r}{nearest(key, SETTINGS)}")
-    accepts, wanted = check
-    if not accepts(value):
-        raise ConfigurationError(f"{key} is {wanted}; got {value!r}")
-
-
-def nearest(name: str, known: Any) -> str:
-    """Return ``; did you mean 'x'?`` for the known name nearest to ``name``, or all of them."""
-    names = sorted(str(item) for item in known)
-    close = difflib.get_close_matches(str(name), names, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(names)}" if names else ""
 
 
 class RunState(StrEnum):
@@ -115,12 +46,13 @@ class RunState(StrEnum):
     QUEUED = "queued"
     SUBMITTED = "submitted"
     STARTED = "started"
+    LOST = "lost"
     CANCELLING = "cancelling"
 
 
 @dataclass(slots=True)
 class Run:
-    """One call, while it is open. Times are those of the table's clock."""
+    """One call, while it is open. Times are those of the table's clock, in seconds."""
 
     run_id: str
     task_id: str
@@ -128,11 +60,19 @@ class Run:
     opened_at: float
     state: RunState = RunState.QUEUED
     attempt: int = 1
+    #: When the current attempt was decided on.
+    attempt_at: float = 0.0
     submitted_at: float | None = None
     started_at: float | None = None
+    #: Whether any attempt has ever started: then the time to start is no longer the question.
+    ever_started: bool = False
     last_seen: float | None = None
     cancel_by: float | None = None
     worker: Mapping[str, Any] = field(default_factory=dict)
+    #: How earlier attempts ended: ``attempt``, ``reason``, ``host``, ``pid``, ``seconds``.
+    history: list[dict[str, Any]] = field(default_factory=list)
+    #: Per execution, the number of its last event.
+    seqs: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +90,20 @@ class Outcome:
     cancel_work: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Resubmission:
+    """The delivery of a run failed, and it has retries left: it is to be submitted again."""
+
+    run: Run
+    reason: str
+
+
 class Applied(NamedTuple):
-    """What became of an event: whether its run took it, and the outcome if it was that."""
+    """What became of an event: whether its run took it, and what is to be done about it."""
 
     taken: bool
     outcome: Outcome | None = None
+    again: Resubmission | None = None
 
 
 _DROPPED = Applied(taken=False)
@@ -174,7 +123,8 @@ class RunTable:
         self._open: dict[str, Run] = {}
         self._closed: OrderedDict[str, None] = OrderedDict()
         self._deadlines: list[tuple[float, str]] = []
-        #: What was counted and dropped: ``late``, ``stale``, ``unknown_run``, ``unknown_type``, ``malformed``.
+        #: What was counted and dropped: ``late``, ``stale``, ``duplicate``, ``unknown_run``,
+        #: ``unknown_type``, ``malformed``.
         self.dropped: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -187,24 +137,61 @@ class RunTable:
         """Return the open runs, oldest first."""
         return list(self._open.values())
 
+    # --- what this side does ------------------------------------------------
+
     def open(self, run_id: str, task_id: str, policy: DeliveryPolicy) -> Run:
         """Start to keep track of a run: its clocks run from now."""
-        run = Run(run_id, task_id, policy, self._clock())
+        now = self._clock()
+        run = Run(run_id, task_id, policy, now, attempt_at=now)
         self._open[run_id] = run
         self._watch(run)
         return run
 
-    def submitted(self, run_id: str) -> None:
-        """The backend has accepted the run."""
+    def submitted(self, run_id: str, attempt: int = 1) -> None:
+        """The backend has accepted that attempt of the run."""
         run = self._open.get(run_id)
-        if run is not None and run.submitted_at is None:
+        if run is None or run.state is RunState.LOST:
+            return
+        if run.attempt == attempt and run.submitted_at is None:
             run.submitted_at = self._clock()
             if run.state is RunState.QUEUED:
                 run.state = RunState.SUBMITTED
 
+    def resubmit(self, run_id: str) -> Run | None:
+        """A lost run is submitted again now: its next attempt begins.
+
+        Returns:
+            The run; None when it has ended, or is being cancelled.
+        """
+        run = self._open.get(run_id)
+        if run is None or run.state is not RunState.LOST:
+            return None
+        run.state = RunState.QUEUED
+        run.submitted_at = None
+        run.attempt += 1
+        run.attempt_at = self._clock()
+        self._watch(run)
+        return run
+
     def fail(self, run_id: str, exception: BaseException, *, cancel_work: bool = False) -> Outcome | None:
         """End a run with an error that arose on this side."""
         return self._close(run_id, "error", exception=exception, cancel_work=cancel_work)
+
+    def refuse(
+        self, run_id: str, exception: BaseException, attempt: int = 1, *, final: bool = False
+    ) -> Outcome | Resubmission | None:
+        """The backend did not accept that attempt of the run.
+
+        It may be submitted again, unless that is ``final``: what cannot be sent will not be
+        sent the next time. A worker's word counts for more than a lost answer of the backend:
+        a run that has started was accepted.
+        """
+        run = self._open.get(run_id)
+        if run is None or run.attempt != attempt or run.state is RunState.LOST or run.started_at is not None:
+            return None
+        if final:
+            return self._close(run_id, "error", exception=exception)
+        return self._lose(run, safe_text(exception, 500), lambda: exception, cancel_work=False)
 
     def cancel(self, run_id: str) -> Outcome | None:
         """The waiter has gone.
@@ -216,7 +203,8 @@ class RunTable:
         run = self._open.get(run_id)
         if run is None:
             return None
-        if run.policy.cancel_mode == "best_effort":
+        if run.policy.cancel_mode == "best_effort" or run.state is RunState.LOST:
+            # A lost run is in nobody's hands: there is nobody to acknowledge it.
             return self._close(run_id, "cancelled", cancel_work=True)
         if run.state is not RunState.CANCELLING:
             run.state = RunState.CANCELLING
@@ -224,13 +212,16 @@ class RunTable:
             self._watch(run)
         return None
 
+    # --- what comes back ------------------------------------------------------
+
     def apply(self, frame: Mapping[str, Any]) -> Applied:
         """Take an event in.
 
         Returns:
-            Whether the event was taken, and the outcome when it ends its run. Malformed
-            and unknown events, and those of closed runs, are counted in :attr:`dropped`
-            and change nothing.
+            Whether the event was taken, and what follows: the outcome when it ends its
+            run, a resubmission when the run's worker was lost and it has retries left.
+            Malformed and unknown events, and those of closed runs and earlier attempts,
+            are counted in :attr:`dropped` and change nothing.
         """
         try:
             known = frames.check_event(frame)
@@ -244,24 +235,78 @@ class RunTable:
         if not known:
             self.dropped["unknown_type"] += 1
             return _DROPPED
-        self._sign_of_life(run, frame)
-        outcome = self._terminal(run, frame) if frame["type"] in frames.TERMINAL else None
-        return Applied(taken=True, outcome=outcome)
+        if self._outdated(run, frame):
+            return _DROPPED
+        return self._taken(run, frame)
+
+    def _outdated(self, run: Run, frame: Mapping[str, Any]) -> bool:
+        """Tell whether a newer attempt, or a newer event, has overtaken this one."""
+        kind = frame["type"]
+        if kind == frames.TASK_RESULT:
+            return False  # of whichever attempt: the work is done
+        if frame["attempt"] < run.attempt or run.state is RunState.LOST:
+            self.dropped["stale"] += 1
+            return True
+        execution = frame.get("execution")
+        if kind in frames.TERMINAL or type(execution) is not str:
+            return False
+        if frame["seq"] <= run.seqs.get(execution, 0):
+            self.dropped["duplicate"] += 1
+            return True
+        if execution in run.seqs or len(run.seqs) < MAX_EXECUTIONS:
+            run.seqs[execution] = frame["seq"]
+        return False
+
+    def _taken(self, run: Run, frame: Mapping[str, Any]) -> Applied:
+        kind = frame["type"]
+        if kind == frames.TASK_RETRY:
+            self._requeued(run, frame)
+            return Applied(taken=True)
+        if run.state is not RunState.LOST:
+            self._sign_of_life(run, frame)
+        if kind not in frames.TERMINAL:
+            return Applied(taken=True)
+        if kind == frames.TASK_RESULT:
+            return Applied(True, self._close(run.run_id, "result", value=frame["result"]))
+        if kind == frames.TASK_CANCELLED:
+            return Applied(True, self._close(run.run_id, "cancelled"))
+        if is_loss(frame["error"]):
+            reason = safe_text(frame["error"].get("message", ""), 2_000)
+            step = self._lose(run, reason, lambda: self._lost_error(run, reason, frame["error"]))
+            return Applied(True, again=step) if isinstance(step, Resubmission) else Applied(True, step)
+        exception = error_from_frame(frame, where=where(self._environment, run, frame["attempt"]))
+        add_history(exception, run)
+        return Applied(True, self._close(run.run_id, "error", exception=exception))
 
     def _sign_of_life(self, run: Run, frame: Mapping[str, Any]) -> None:
-        run.last_seen = max(run.last_seen or run.opened_at, self._arrival(frame))
         run.attempt = max(run.attempt, frame["attempt"])
-        # The task's own process, not the parent that reports its end.
-        if isinstance(frame.get("worker"), Mapping) and (
-            not run.worker or frame["type"] not in frames.TERMINAL
-        ):
-            run.worker = frame["worker"]
+        worker = frame.get("worker")
+        if frame["type"] in frames.TERMINAL and is_loss(frame.get("error")):
+            # The word of somebody else: of the parent, whose process is not the one that died.
+            if isinstance(worker, Mapping) and not run.worker:
+                run.worker = {key: value for key, value in worker.items() if key != "pid"}
+            return
+        if isinstance(worker, Mapping):
+            run.worker = worker
+        run.last_seen = max(run.last_seen or run.opened_at, self._arrival(frame))
         if run.started_at is None:
             # An event of any type says that the work has begun, in whatever order they come.
             run.started_at = run.last_seen
+            run.ever_started = True
             if run.state is not RunState.CANCELLING:
                 run.state = RunState.STARTED
             self._watch(run)
+
+    def _requeued(self, run: Run, frame: Mapping[str, Any]) -> None:
+        """The backend itself will run the payload again: nothing is heard of it until then."""
+        error = frame.get("error")
+        reason = error.get("message") if isinstance(error, Mapping) else frame.get("message")
+        self._remember(run, f"retried by the backend: {safe_text(reason or 'no reason given', 500)}")
+        run.ever_started = True
+        run.started_at = run.last_seen = None
+        run.worker = {}
+        if run.state is not RunState.CANCELLING:
+            run.state = RunState.SUBMITTED
 
     def _arrival(self, frame: Mapping[str, Any]) -> float:
         """Return when the event arrived, which may be a while ago: the loop may have been busy since."""
@@ -269,33 +314,43 @@ class RunTable:
         arrived = frame.get("received_at")
         return arrived if type(arrived) is float and arrived < now else now
 
-    def _terminal(self, run: Run, frame: Mapping[str, Any]) -> Outcome | None:
-        kind = frame["type"]
-        if kind == frames.TASK_RESULT:
-            return self._close(run.run_id, "result", value=frame["result"])
-        if frame["attempt"] < run.attempt:
-            # A newer attempt is at work; its outcome counts.
-            self.dropped["stale"] += 1
-            return None
-        if kind == frames.TASK_ERROR:
-            exception = error_from_frame(frame, where=self._where(run, frame))
-            return self._close(run.run_id, "error", exception=exception)
-        return self._close(run.run_id, "cancelled")
+    # --- losing a delivery -----------------------------------------------------
 
-    def _where(self, run: Run, frame: Mapping[str, Any]) -> str:
-        worker = run.worker
-        if not worker:
-            return ""
-        text = f"in run {run.run_id} of {run.task_id}, environment {self._environment!r}"
-        text += f", on worker {worker.get('host')} pid {worker.get('pid')}"
-        if worker.get("job"):
-            text += f", {worker.get('backend')} job {worker['job']}"
-        return f"{text}, attempt {frame['attempt']}"
+    def _lose(
+        self, run: Run, reason: str, error: Callable[[], BaseException], *, cancel_work: bool = True
+    ) -> Outcome | Resubmission | None:
+        """The current attempt came to nothing: try again, or end the run."""
+        self._remember(run, reason)
+        if run.attempt > run.policy.retries or run.state is RunState.CANCELLING:
+            exception = error()
+            add_history(exception, run)
+            return self._close(run.run_id, "error", exception=exception, cancel_work=cancel_work)
+        run.state = RunState.LOST
+        run.submitted_at = run.started_at = run.last_seen = None
+        run.worker = {}
+        return Resubmission(run, reason)
 
-    def expire(self) -> list[Outcome]:
-        """Close every run whose deadline has passed and return their outcomes."""
+    def _remember(self, run: Run, reason: str) -> None:
+        since = run.started_at if run.started_at is not None else run.attempt_at
+        entry: dict[str, Any] = {
+            "attempt": run.attempt,
+            "reason": reason,
+            "seconds": round(max(0.0, self._clock() - since), 3),
+        }
+        entry.update({key: run.worker[key] for key in ("host", "pid") if key in run.worker})
+        if len(run.history) >= MAX_HISTORY:
+            del run.history[1]
+        run.history.append(entry)
+
+    def _lost_error(self, run: Run, word: str, error: Mapping[str, Any] | None = None) -> Exception:
+        return lost_error(self._environment, run, word, self._clock(), error)
+
+    # --- clocks ------------------------------------------------------------------
+
+    def expire(self) -> list[Outcome | Resubmission]:
+        """Act on every deadline that has passed and return what follows."""
         now = self._clock()
-        ended = []
+        ended: list[Outcome | Resubmission] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             _, run_id = heapq.heappop(self._deadlines)
             run = self._open.get(run_id)
@@ -305,9 +360,11 @@ class RunTable:
             if due is None or due > now:
                 self._watch(run)
                 continue
-            outcome = self._expired(run, reason, now)
-            if outcome is not None:
-                ended.append(outcome)
+            step = self._expired(run, reason, now)
+            if step is not None:
+                ended.append(step)
+            if isinstance(step, Resubmission):
+                self._watch(run)
         return ended
 
     def next_deadline(self) -> float | None:
@@ -323,7 +380,7 @@ class RunTable:
             candidates.append((run.cancel_by, "cancel"))
         if policy.timeout is not None:
             candidates.append((run.opened_at + policy.timeout, "timeout"))
-        if run.started_at is None and policy.start_timeout is not None:
+        if policy.start_timeout is not None and not run.ever_started and run.state is not RunState.LOST:
             candidates.append((run.opened_at + policy.start_timeout, "start"))
         if run.last_seen is not None and policy.heartbeat_seconds is not None:
             candidates.append((run.last_seen + policy.heartbeat_seconds, "heartbeat"))
@@ -340,41 +397,31 @@ class RunTable:
             self._deadlines = [(when, run_id) for run_id, when in live.items() if when is not None]
             heapq.heapify(self._deadlines)
 
-    def _expired(self, run: Run, reason: str, now: float) -> Outcome | None:
+    def _expired(self, run: Run, reason: str, now: float) -> Outcome | Resubmission | None:
         if reason == "cancel":
             return self._close(run.run_id, "timeout")
-        text = f"run {run.run_id} of {run.task_id} in environment {self._environment!r}"
         if reason == "heartbeat":
-            silence = now - (run.last_seen or now)
-            exception: BaseException = WorkerLostError(
-                {
-                    "kind": WorkerLostError.__name__,
-                    "message": f"{text}: no sign of life from its worker for {silence:.1f} s "
-                    f"(delivery_heartbeat_seconds={run.policy.heartbeat_seconds:g})",
-                    "traceback": "",
-                    "retryable": True,
-                    "source": "backend",
-                }
+            word = (
+                f"no sign of life from it for {now - (run.last_seen or now):.1f} s "
+                f"(delivery_heartbeat_seconds={run.policy.heartbeat_seconds:g})"
             )
-            if where := self._where(run, {"attempt": run.attempt}):
-                exception.add_note(where)
-            return self._close(run.run_id, "error", exception=exception, cancel_work=True)
+            return self._lose(run, word, lambda: self._lost_error(run, word))
+        exception = DeliveryTimeoutError(f"{name_of(self._environment, run)} {self._overdue(run, reason)}")
+        add_history(exception, run)
+        return self._close(run.run_id, "timeout", exception=exception, cancel_work=True)
+
+    def _overdue(self, run: Run, reason: str) -> str:
         if reason == "start":
             state = (
                 f"accepted by the backend, never started: {WHY_SILENT}"
                 if run.submitted_at is not None
                 else "not accepted by the backend yet: is the broker up?"
             )
-            message = (
-                f"{text} did not start within delivery_start_timeout={run.policy.start_timeout:g} s: {state}"
-            )
-        else:
-            message = (
-                f"{text} had no outcome within delivery_timeout={run.policy.timeout:g} s (state: {run.state})"
-            )
-            if run.state is RunState.SUBMITTED:
-                message += f": {WHY_SILENT}"
-        return self._close(run.run_id, "timeout", exception=DeliveryTimeoutError(message), cancel_work=True)
+            return f"did not start within delivery_start_timeout={run.policy.start_timeout:g} s: {state}"
+        text = f"had no outcome within delivery_timeout={run.policy.timeout:g} s (state: {run.state})"
+        if run.state is RunState.SUBMITTED and not run.ever_started:
+            text += f": {WHY_SILENT}"
+        return text
 
     def _close(
         self,

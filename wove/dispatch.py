@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from wove import frames
-from wove.delivery import WHY_SILENT, DeliveryPolicy, Outcome, RunState, RunTable
+from wove.alarm import Alarm
+from wove.commands import again_frame, cancel_frame, run_frame
+from wove.delivery import WHY_SILENT, Outcome, Resubmission, RunState, RunTable
 from wove.errors import (
     ConfigurationError,
     DeliveryOrphanedError,
@@ -20,6 +23,8 @@ from wove.errors import (
     WoveError,
     safe_text,
 )
+from wove.policy import DeliveryPolicy
+from wove.sharing import SharedCalls, sharing_key
 from wove.waiter import Waiter
 from wove.wire import callable_name
 
@@ -42,9 +47,9 @@ SILENCE_SECONDS = 30.0
 MAX_TASK_ID = 1_000
 #: The receiver lets other tasks run after so many events without a pause.
 EVENTS_PER_TURN = 200
-#: Turns that a deadline waits at most for events that have arrived and were not read yet.
-MAX_CATCH_UP = 100
-
+#: Seconds before a run is submitted again: grows with each attempt up to the second.
+AGAIN_AFTER = 0.1
+AGAIN_AT_MOST = 10.0
 #: Which dispatcher an executor serves, by its id: one executor cannot serve two.
 _serving: WeakValueDictionary[int, Dispatcher] = WeakValueDictionary()
 
@@ -73,9 +78,10 @@ class Dispatcher:
         self._policy = self._resolve(None)
         self._waiters: dict[str, Waiter] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._cancels: set[asyncio.Task[None]] = set()
+        #: Messages to workers and the backend that stop() waits for.
+        self._farewells: set[asyncio.Task[None]] = set()
+        self._shared = SharedCalls(name)
         self._slots: asyncio.Semaphore | None = None
-        self._timer: asyncio.TimerHandle | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
         self._stopping = False
@@ -113,6 +119,7 @@ class Dispatcher:
             )
         self._loop = asyncio.get_running_loop()
         self.table = RunTable(self.name, self._loop.time)
+        self._alarm = Alarm(self._loop, self.table.next_deadline, lambda: self._taken, self._expire)
         if self._policy.max_in_flight is not None:
             self._slots = asyncio.Semaphore(self._policy.max_in_flight)
         try:
@@ -141,17 +148,14 @@ class Dispatcher:
         return self._stop_task
 
     async def _stop(self) -> None:
-        orphans = [(run, self._orphan(run)) for run in self.table.open_runs()]
-        if self._broken is None:
-            for run, cancel_work in orphans:
-                if cancel_work:
-                    self._spawn_cancel(run)
-            # Also those of callers that were cancelled a moment ago, by Ctrl-C for one.
-            if self._cancels:
-                await asyncio.wait(self._cancels, timeout=STOP_SECONDS / 2)
-        for timer in (self._timer, self._silence):
-            if timer is not None:
-                timer.cancel()
+        for run in self.table.open_runs():
+            self._orphan(run)
+        # Also those of callers that were cancelled a moment ago, by Ctrl-C for one.
+        if self._farewells and self._broken is None:
+            await asyncio.wait(self._farewells, timeout=STOP_SECONDS / 2)
+        self._alarm.stop()
+        if self._silence is not None:
+            self._silence.cancel()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
@@ -159,8 +163,8 @@ class Dispatcher:
             await asyncio.wait(tasks, timeout=1.0)
         await self._stop_executor()
 
-    def _orphan(self, run: Run) -> bool:
-        """End a run by its policy; tell whether its work is to be cancelled."""
+    def _orphan(self, run: Run) -> None:
+        """End a run by its policy."""
         policy = run.policy.orphan_policy
         waiter = self._waiters.get(run.run_id)
         if policy == "cancel":
@@ -168,14 +172,28 @@ class Dispatcher:
             if waiter is not None:
                 waiter.cancel(f"environment {self.name!r} was stopped")
         else:
-            text = "its work was cancelled" if policy == "fail" else "its work runs on"
             error = DeliveryOrphanedError(
-                f"run {run.run_id} of {run.task_id}: environment {self.name!r} was stopped; {text}"
+                f"run {run.run_id} of {run.task_id}: environment {self.name!r} was stopped; {_FATES[policy]}"
             )
+            frame = waiter.frame if waiter is not None else None
+            started = run.state in (RunState.STARTED, RunState.LOST)
             outcome = self.table.fail(run.run_id, error)
             if outcome is not None:
-                self._settle(outcome)
-        return policy != "detach"
+                self._follow(outcome)
+            if policy == "requeue" and started and frame is not None:
+                self._say_farewell(self._requeue(run, frame), "wove-requeue")
+            elif run.policy.keeps_work and waiter is not None and waiter.sending is not None:
+                self._await_farewell(waiter.sending)  # what is to stay queued has to get there
+        if not run.policy.keeps_work:
+            self._spawn_cancel(run)
+
+    async def _requeue(self, run: Run, frame: Frame) -> None:
+        """Put started work back on the queue; nobody waits for it."""
+        try:
+            await self.executor.send(cancel_frame(run))
+            await self.executor.send(again_frame(frame, run.policy, run.attempt + 1, attended=False))
+        except Exception:
+            logger.warning("environment %r: requeueing run %s failed", self.name, run.run_id, exc_info=True)
 
     async def _stop_executor(self) -> None:
         await self._within(STOP_SECONDS, self.executor.stop(), "stopping the executor")
@@ -229,10 +247,23 @@ class Dispatcher:
             raise TypeError(
                 f"a task's name is a string of at most {MAX_TASK_ID} characters; got {task_id!r:.100}"
             )
+        if policy.idempotency_key is None:
+            return await self._in_slot(func, positional, keywords, task_id, policy, on_progress, None)
+        self._check_usable()
+        key = sharing_key(policy.idempotency_key, func, positional, keywords)
+        return await self._shared.call(
+            key,
+            func,
+            lambda report: self._in_slot(func, positional, keywords, task_id, policy, report, key),
+            patience=policy.timeout,
+            on_progress=on_progress,
+        )
+
+    async def _in_slot(self, *call: Any) -> Any:
         if self._slots is None:
-            return await self._call(func, positional, keywords, task_id, policy, on_progress)
+            return await self._call(*call)
         async with self._slots:
-            return await self._call(func, positional, keywords, task_id, policy, on_progress)
+            return await self._call(*call)
 
     async def _call(
         self,
@@ -242,6 +273,7 @@ class Dispatcher:
         task_id: str | None,
         policy: DeliveryPolicy,
         on_progress: OnProgress | None,
+        key: str | None,
     ) -> Any:
         self._check_usable()
         if asyncio.get_running_loop() is not self._loop:
@@ -249,25 +281,20 @@ class Dispatcher:
                 f"environment {self.name!r} was started in another event loop: start the runtime in the loop that uses it"
             )
         run = self.table.open(secrets.token_hex(16), task_id or callable_name(func), policy)
-        frame: Frame = {
-            "type": frames.RUN_TASK,
-            "run_id": run.run_id,
-            "task_id": run.task_id,
-            "callable": func,
-            "args": dict(keywords),
-            "delivery": _delivery(policy, run.attempt),
-        }
-        if positional:
-            frame["positional"] = tuple(positional)
+        frame = run_frame(run, func, positional, keywords, key)
         waiter = Waiter(self._loop.create_future(), on_progress)
+        if policy.sends_again:
+            waiter.frame = frame
         self._waiters[run.run_id] = waiter
-        self._set_timer()
+        self._alarm.set()
         # A task of its own: deadlines hold while `send` hangs.
         waiter.sending = self._spawn(self._submit(run, frame), "wove-submit")
         try:
             return await waiter.future
-        except asyncio.CancelledError:
-            await self._abandon(run)
+        except asyncio.CancelledError as exc:
+            unsaid = await self._abandon(run)
+            if unsaid:
+                exc.add_note(unsaid)
             raise
         finally:
             self._waiters.pop(run.run_id, None)
@@ -287,6 +314,7 @@ class Dispatcher:
             ) from self._broken
 
     async def _submit(self, run: Run, frame: Frame) -> None:
+        attempt = frame["delivery"]["attempt"]
         try:
             await self.executor.send(frame)
         except asyncio.CancelledError as exc:
@@ -294,11 +322,12 @@ class Dispatcher:
                 raise
             error = SubmitError(f"the executor of environment {self.name!r} cancelled its own send()")
             error.__cause__ = exc
-            self._settle(self.table.fail(run.run_id, error))
+            self._follow(self.table.refuse(run.run_id, error, attempt, final=True))
         except Exception as exc:
-            self._settle(self.table.fail(run.run_id, exc))
+            final = not isinstance(exc, SubmitError)
+            self._follow(self.table.refuse(run.run_id, exc, attempt, final=final))
         else:
-            self.table.submitted(run.run_id)
+            self.table.submitted(run.run_id, attempt)
             if self._silence is None:
                 self._silence = self._loop.call_later(SILENCE_SECONDS, self._warn_of_silence)
 
@@ -311,20 +340,25 @@ class Dispatcher:
                 self.name, len(waiting), self._loop.time() - waiting[0].opened_at, WHY_SILENT,
             )  # fmt: skip
 
-    async def _abandon(self, run: Run) -> None:
-        """The caller was cancelled: cancel the work, as the policy says."""
+    async def _abandon(self, run: Run) -> str:
+        """The caller was cancelled: cancel the work, as the policy says.
+
+        Returns:
+            What is to be said of a cancellation that was not acknowledged; else nothing.
+        """
         if run.run_id not in self.table:
-            return
+            return ""
         waiter = self._waiters[run.run_id]
         outcome = self.table.cancel(run.run_id)
         if outcome is not None:
-            self._settle(outcome)
-            return
+            self._follow(outcome)
+            return ""
         waiter.renew(self._loop)
-        self._set_timer()
+        self._alarm.set()
         self._stop_work(run, waiter)
         # A second cancellation of the caller ends the wait; the work stays cancelled.
         await asyncio.wait({waiter.future})
+        return waiter.unacknowledged
 
     def _stop_work(self, run: Run, waiter: Waiter | None) -> None:
         if waiter is not None and waiter.sending is not None and not waiter.sending.done():
@@ -333,13 +367,19 @@ class Dispatcher:
             self._spawn_cancel(run)
 
     def _spawn_cancel(self, run: Run) -> None:
-        task = self._spawn(self._send_cancel(run), "wove-cancel")
-        self._cancels.add(task)
-        task.add_done_callback(self._cancels.discard)
+        self._say_farewell(self._send_cancel(run), "wove-cancel")
+
+    def _say_farewell(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        self._await_farewell(self._spawn(work, name))
+
+    def _await_farewell(self, task: asyncio.Task[None]) -> None:
+        if not task.done():
+            self._farewells.add(task)
+            task.add_done_callback(self._farewells.discard)
 
     async def _send_cancel(self, run: Run) -> None:
         try:
-            await self.executor.send(_cancel_frame(run))
+            await self.executor.send(cancel_frame(run))
         except Exception:
             logger.warning("environment %r: cancelling run %s failed", self.name, run.run_id, exc_info=True)
 
@@ -368,87 +408,77 @@ class Dispatcher:
             try:
                 self._check_usable()
             except WoveError as error:
-                self._settle(self.table.fail(run.run_id, error))
+                self._follow(self.table.fail(run.run_id, error))
 
     def _take(self, frame: Frame) -> None:
         self._taken += 1
-        taken, outcome = self.table.apply(frame)
-        if outcome is not None:
-            self._settle(outcome)
+        taken, outcome, again = self.table.apply(frame)
+        if outcome is not None or again is not None:
+            self._follow(outcome or again)
         elif taken:
             if frame["type"] in (frames.PROGRESS, frames.LOG):
                 waiter = self._waiters.get(frame["run_id"])
                 if waiter is not None:
                     waiter.report(frame)
-            self._set_timer()
+            self._alarm.set()
 
-    def _settle(self, outcome: Outcome | None) -> None:
-        if outcome is None:
-            return
+    def _follow(self, step: Outcome | Resubmission | None) -> None:
+        """Do what the run table decided."""
+        if isinstance(step, Outcome):
+            self._settle(step)
+        elif step is not None:
+            self._send_again(step)
+
+    def _settle(self, outcome: Outcome) -> None:
         run = outcome.run
         waiter = self._waiters.get(run.run_id)
         if outcome.cancel_work:
             self._stop_work(run, waiter)
+        if outcome.kind == "timeout" and outcome.exception is None:
+            text = (
+                f"run {run.run_id} of {run.task_id} in environment {self.name!r} was cancelled, and its worker did not "
+                f"acknowledge that within delivery_cancel_timeout={run.policy.cancel_timeout:g} s"
+            )
+            logger.warning("%s", text)
+            if waiter is not None:
+                waiter.unacknowledged = text
         if waiter is not None:
             waiter.settle(outcome)
-        if outcome.kind == "timeout" and outcome.exception is None:
-            logger.warning(
-                "environment %r: run %s of %s was cancelled, and its worker did not acknowledge that within "
-                "delivery_cancel_timeout=%g s",
-                self.name, run.run_id, run.task_id, run.policy.cancel_timeout,
-            )  # fmt: skip
 
-    # --- clocks ------------------------------------------------------------
+    def _send_again(self, again: Resubmission) -> None:
+        run = again.run
+        waiter = self._waiters.get(run.run_id)
+        if waiter is None or waiter.frame is None:
+            return  # its caller is gone
+        logger.warning(
+            "environment %r: attempt %d of run %s (%s) was lost and is submitted again: %s",
+            self.name, run.attempt, run.run_id, run.task_id, again.reason,
+        )  # fmt: skip
+        pause = min(AGAIN_AT_MOST, AGAIN_AFTER * 2**run.attempt) * random.uniform(0.5, 1.0)  # noqa: S311
+        waiter.sending = self._spawn(self._submit_again(run, waiter.frame, pause), "wove-resubmit")
+        self._alarm.set()
 
-    def _set_timer(self) -> None:
-        due = self.table.next_deadline()
-        if due is None:
+    async def _submit_again(self, run: Run, frame: Frame, pause: float) -> None:
+        await asyncio.sleep(pause)
+        if self.table.resubmit(run.run_id) is None:
             return
-        if self._timer is not None:
-            if self._timer.when() <= due:
-                return
-            self._timer.cancel()
-        self._timer = self._loop.call_at(due, self._wake)
+        self._alarm.set()
+        await self._submit(run, again_frame(frame, run.policy, run.attempt))
 
-    def _wake(self) -> None:
-        self._timer = None
-        self._spawn(self._expire(), "wove-expire")
+    def _expire(self) -> None:
+        for step in self.table.expire():
+            self._follow(step)
 
-    async def _expire(self) -> None:
-        # What has arrived counts, however late a busy loop comes to read it.
-        for _ in range(MAX_CATCH_UP):
-            taken = self._taken
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            if taken == self._taken:
-                break
-        for outcome in self.table.expire():
-            self._settle(outcome)
-        self._set_timer()
+
+#: What becomes of the work, by orphan policy.
+_FATES = {
+    "fail": "its work was cancelled",
+    "detach": "its work runs on, and its outcome is kept by the backend",
+    "requeue": "its work is back on the queue",
+}
 
 
 def _asked_to_stop() -> bool:
     """Tell whether the current task was cancelled, and not just met a CancelledError."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def _cancel_frame(run: Run) -> Frame:
-    return {
-        "type": frames.CANCEL_TASK,
-        "run_id": run.run_id,
-        "task_id": run.task_id,
-        "delivery": _delivery(run.policy, run.attempt),
-    }
-
-
-def _delivery(policy: DeliveryPolicy, attempt: int) -> dict[str, Any]:
-    return {
-        "attempt": attempt,
-        "timeout": policy.timeout,
-        "start_timeout": policy.start_timeout,
-        # Work that is to run on when its submitter has gone.
-        "keep": policy.orphan_policy == "detach",
-        "heartbeat_seconds": policy.heartbeat_seconds,
-        "cancel_mode": policy.cancel_mode,
-    }

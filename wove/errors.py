@@ -84,7 +84,16 @@ class EnvironmentExecutionError(WoveError):
 
 
 class WorkerLostError(EnvironmentExecutionError):
-    """The worker died, or was lost from sight, before it reported an outcome."""
+    """The worker died, or was lost from sight, before it reported an outcome.
+
+    Its message names the worker's host and process, the attempt, the last sign of life and the
+    backend's own word, such as ``signal 9 (SIGKILL)``.
+    """
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        """How each execution ended: ``attempt``, ``reason``, ``seconds``, and ``host`` and ``pid`` if known."""
+        return list(self.payload.get("attempts") or ())
 
 
 class RemoteTraceback(Exception):
@@ -140,6 +149,17 @@ def normalize_exception(
         "traceback": format_traceback(exc),
         "retryable": retryable,
         "source": source,
+    }
+
+
+def lost(message: str, traceback: str = "") -> dict[str, Any]:
+    """Return the error of a run whose worker is gone, in the form of :func:`normalize_exception`."""
+    return {
+        "kind": WorkerLostError.__name__,
+        "message": message,
+        "traceback": traceback,
+        "retryable": True,
+        "source": "backend",
     }
 
 

@@ -9,8 +9,9 @@ Commands:
     ``shutdown``: nothing else.
 Events, each with ``run_id``, ``task_id``, ``attempt`` (from 1) and ``seq`` (from 1):
     ``task_started``, ``heartbeat``, ``progress`` (``fraction``, ``message``), ``log``
-    (``message``), ``task_result`` (``result``), ``task_error`` (``error``, optional
-    ``exception``), ``task_cancelled``.
+    (``message``), ``task_retry`` (``error``: the backend itself runs the payload again, later),
+    ``task_result`` (``result``), ``task_error`` (``error``, optional ``exception``),
+    ``task_cancelled``.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ TASK_STARTED = "task_started"
 HEARTBEAT = "heartbeat"
 PROGRESS = "progress"
 LOG = "log"
+TASK_RETRY = "task_retry"
 TASK_RESULT = "task_result"
 TASK_ERROR = "task_error"
 TASK_CANCELLED = "task_cancelled"
 
 #: Exactly one of these ends a run.
 TERMINAL = frozenset({TASK_RESULT, TASK_ERROR, TASK_CANCELLED})
-EVENTS = TERMINAL | {TASK_STARTED, HEARTBEAT, PROGRESS, LOG}
+EVENTS = TERMINAL | {TASK_STARTED, HEARTBEAT, PROGRESS, LOG, TASK_RETRY}
 
 #: A run id is 32 hexadecimal characters: valid as a Celery task id, an RQ job id, a part of a URL.
 RUN_ID_LENGTH = 32
@@ -89,10 +91,10 @@ def _check_whole(frame: Mapping[str, Any], key: str) -> None:
 def _check_fields(kind: str, frame: Mapping[str, Any]) -> None:
     if kind == TASK_RESULT and "result" not in frame:
         raise ProtocolError("task_result: the result is missing")
-    if kind == TASK_ERROR:
+    if kind in (TASK_ERROR, TASK_RETRY):
         error = frame.get("error")
         if type(error) is not dict or type(error.get("kind")) is not str:
-            raise ProtocolError("task_error: error is not a mapping with a kind")
+            raise ProtocolError(f"{kind}: error is not a mapping with a kind")
     if kind == PROGRESS:
         fraction = frame.get("fraction")
         if fraction is not None and (type(fraction) not in (int, float) or not 0 <= fraction <= 1):

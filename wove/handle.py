@@ -17,8 +17,8 @@ from collections.abc import (
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
-from wove.delivery import DeliveryPolicy
 from wove.errors import ConfigurationError
+from wove.policy import DeliveryPolicy
 
 if TYPE_CHECKING:
     from wove.dispatch import Dispatcher

@@ -20,9 +20,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wove.delivery import nearest
 from wove.errors import ConfigurationError, WoveError
 from wove.nonces import NonceStore
+from wove.policy import nearest
 from wove.security import Secret, SecretRing, find_secrets, is_cookie, mac, same
 
 if TYPE_CHECKING:

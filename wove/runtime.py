@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from wove.delivery import SETTINGS, DeliveryPolicy, nearest
 from wove.dispatch import Dispatcher
 from wove.errors import ConfigurationError, WoveError
 from wove.executors.local import LocalEnvironmentExecutor
 from wove.executors.registry import coerce_executor
 from wove.handle import EnvironmentHandle
+from wove.policy import SETTINGS, DeliveryPolicy, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

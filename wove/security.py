@@ -289,9 +289,9 @@ def reply_tag(key: bytes, request_tag: bytes, body: bytes) -> bytes:
     return mac(key, ("wove/1 reply", request_tag), (body,))
 
 
-def beat_tag(key: bytes, run_id: str, execution: str, count: int) -> bytes:
+def beat_tag(key: bytes, run_id: str, execution: str, attempt: int, count: int) -> bytes:
     """Sign one beat of an execution; ``count`` grows with each, so that none is replayed."""
-    return mac(key, ("wove/1 beat", run_id, execution, str(count)))
+    return mac(key, ("wove/1 beat", run_id, execution, str(attempt), str(count)))
 
 
 def cancel_tag(key: bytes, run_id: str, execution: str, count: int) -> bytes:
@@ -304,9 +304,9 @@ def fetch_tag(key: bytes, run_id: str) -> bytes:
     return mac(key, ("wove/1 fetch", run_id))
 
 
-def webhook_token(key: bytes, run_id: str) -> str:
-    """Return the token by which RQ's own webhook proves that it speaks of this run."""
-    return mac(key, ("wove/1 webhook", run_id)).hex()
+def webhook_token(key: bytes, job_id: str) -> str:
+    """Return the token by which RQ's own webhook proves that it speaks of this job of the run."""
+    return mac(key, ("wove/1 webhook", job_id)).hex()
 
 
 def scrub(text: str) -> str:

@@ -22,12 +22,16 @@ logger = logging.getLogger("wove.dispatch")
 class Waiter:
     """The caller's end of a run."""
 
-    __slots__ = ("future", "on_progress", "sending")
+    __slots__ = ("frame", "future", "on_progress", "sending", "unacknowledged")
 
     def __init__(self, future: asyncio.Future[Any], on_progress: OnProgress | None) -> None:
         self.future = future
         self.on_progress = on_progress
         self.sending: asyncio.Task[None] | None = None
+        #: What was submitted, where it may have to be submitted again.
+        self.frame: Frame | None = None
+        #: What is to be said of a cancellation that nobody acknowledged.
+        self.unacknowledged = ""
 
     def renew(self, loop: asyncio.AbstractEventLoop) -> None:
         """Wait anew: a cancelled future takes no outcome."""

@@ -261,6 +261,29 @@ def pack_message(envelope: Mapping[str, Any], attachments: Sequence[Buffer]) -> 
     return [_HEAD.pack(len(head)) + head, *attachments]
 
 
+_PARKED = b"wove/1 parked"
+
+
+def park(kid: str, tag: bytes, body: Sequence[Buffer]) -> bytes:
+    """Join a signed outcome into one blob, for a backend to keep until it is fetched."""
+    return b"\n".join((_PARKED, kid.encode(), tag.hex().encode(), b"".join(body)))
+
+
+def unpark(blob: bytes) -> tuple[str, bytes, bytes]:
+    """Split what :func:`park` made into key id, signature and body; nothing is verified yet.
+
+    Raises:
+        ProtocolError: it is not such a blob.
+    """
+    try:
+        mark, kid, tag, body = bytes(blob).split(b"\n", 3)
+        if mark != _PARKED:
+            raise ValueError("another form")
+        return kid.decode("ascii"), bytes.fromhex(tag.decode("ascii")), body
+    except ValueError:
+        raise ProtocolError("not a parked outcome") from None
+
+
 def unpack_message(body: Buffer) -> tuple[dict[str, Any], list[memoryview]]:
     """Split a message into its envelope and its attachments.
 

@@ -163,7 +163,7 @@ class TestRelease:
         kid = run.ring.primary.kid
         key = run.key(kid)
         assert key is not None
-        body = f"hold 30\nrun {run.run_id} e 1 {kid} {beat_tag(key, run.run_id, 'e', 1).hex()}".encode()
+        body = f"hold 30\nrun {run.run_id} e 1 1 {kid} {beat_tag(key, run.run_id, 'e', 1, 1).hex()}".encode()
         with ThreadPoolExecutor(1) as pool, closing(socket.create_connection((LOOPBACK, lease.port))):
             held = pool.submit(ask, lease, "POST", "/wove/v1/beats", body)
             wait_until(lambda: run.watchers, "the beat is held")

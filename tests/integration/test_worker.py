@@ -32,7 +32,7 @@ from wove.errors import PayloadRejectedError
 from wove.remote_errors import decode_exception
 from wove.security import find_secrets, open_payload, seal_payload
 from wove.wire import pack_message, unpack_message
-from wove.worker import arun, connection, courier, execution, session
+from wove.worker import arun, connection, courier, execution, offering, session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,7 +53,7 @@ def _own_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Give each test a worker that has spoken to nobody, and end what it has begun."""
     monkeypatch.setattr(courier, "IDLE_SECONDS", 0.3)
     connection.clock_offsets.clear()
-    session.down_since.clear()
+    offering.down_since.clear()
     CALLS.clear()
     GATE.clear()
     yield
@@ -368,10 +368,12 @@ class TestFetching:
 
     def test_they_are_not_to_be_had(self, server: FakeCallbackServer) -> None:
         payload = Payload(server.url, len, bytes(1_000_000))
-        server.script["payloads"].append(Answer(404))
-        with pytest.raises(ConnectionError):
-            run(payload)
-        assert "answered 404 for the run's arguments" in outcome(server, payload)["error"]["message"]
+        server.script["payloads"].extend([Answer(404)] * 10)
+        assert run(payload) is False
+        # Nothing of the task ran: its delivery failed, and may be made again.
+        error = outcome(server, payload)["error"]
+        assert (error["kind"], error["source"]) == ("WorkerLostError", "backend")
+        assert "did not hand out the run's arguments" in error["message"]
 
     def test_they_are_gone_with_the_run(self, server: FakeCallbackServer) -> None:
         # It was cancelled meanwhile: neither a success nor a failure.
@@ -445,15 +447,17 @@ class TestDelivery:
 
         def uniform(low: float, high: float) -> float:
             asked.append((low, high))
-            return 0.0
+            return high
 
         monkeypatch.setattr(random, "uniform", uniform)
         payload = Payload(server.url, double, 21)
-        server.script["events"].extend([Answer(), *[RESET] * 4])
+        server.script["events"].extend([Answer(), *[RESET] * 12])
         run(payload)
-        assert len(asked) >= 3
+        assert len(asked) >= 5
         assert {low for low, _ in asked} == {0}, "full jitter"
-        assert [high for _, high in asked] == sorted({high for _, high in asked}), "longer each time"
+        highs = [high for _, high in asked]
+        assert highs == sorted(highs)
+        assert highs[-1] > highs[0], "longer, the longer the server is away"
 
     def test_it_gives_up_in_the_end(
         self,
@@ -487,9 +491,9 @@ class TestDelivery:
     def test_a_wrong_setting_is_said_and_not_followed(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        assert session.retry_seconds() == 300
+        assert offering.retry_seconds() == 300
         monkeypatch.setenv("WOVE_RESULT_RETRY_SECONDS", "five minutes")
-        assert session.retry_seconds() == 300
+        assert offering.retry_seconds() == 300
         assert "WOVE_RESULT_RETRY_SECONDS" in caplog.text
 
     def test_a_server_that_does_not_know_the_secret_is_not_pestered(
@@ -528,7 +532,7 @@ class TestDelivery:
     ) -> None:
         # The runs of a submitter that is gone must not each hold a slot of the fleet for minutes.
         monkeypatch.setattr(random, "uniform", lambda low, high: 0.02)
-        monkeypatch.setattr(session, "LEAST_RETRY", 0.01)
+        monkeypatch.setattr(offering, "LEAST_RETRY", 0.01)
         monkeypatch.setenv("WOVE_RESULT_RETRY_SECONDS", "0.4")
         first, second = Payload(server.url, double, 1), Payload(server.url, double, 2)
         server.script["events"].extend([RESET] * 1_000)
@@ -548,7 +552,7 @@ class TestDelivery:
     def test_nobody_waits_beyond_the_deadline(
         self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(session, "LEAST_RETRY", 0.05)
+        monkeypatch.setattr(offering, "LEAST_RETRY", 0.05)
         payload = Payload(server.url, double, 1, timeout=0.3)
         server.script["events"].extend([Answer(500)] * 1_000)
         begun = time.monotonic()
@@ -598,7 +602,32 @@ class TestFence:
         assert await arun(payload.blob) is False
         assert CALLS == []
 
-    @pytest.mark.parametrize("answer", [RESET, Answer(500), Answer(503), Answer(401), Answer(None, raw=b"?")])
+    def test_who_is_told_to_wait_asks_again(self, server: FakeCallbackServer) -> None:
+        payload = Payload(server.url, double, 21)
+        wait = Answer(503, {"Retry-After": "0.05"})
+        server.script["events"].extend([wait, wait])
+        assert run(payload) is True
+        assert CALLS == [21]
+        assert [f["type"] for f in server.outcomes(payload)[-1].frames(payload)] == ["task_result"]
+
+    def test_what_another_worker_is_at_is_left_to_it(self, server: FakeCallbackServer) -> None:
+        payload = Payload(server.url, double, 21)
+        server.script["events"].append(Answer(409))
+        assert run(payload) is False
+        assert CALLS == []
+
+    def test_work_that_is_kept_is_done_also_when_its_submitter_has_gone(
+        self, server: FakeCallbackServer
+    ) -> None:
+        for answer, begins in ((Answer(410), True), (Answer(410, {"Wove-Ended": "1"}), False)):
+            CALLS.clear()
+            payload = Payload(server.url, double, 21, delivery={"keep": True})
+            server.script["events"].append(answer)
+            assert run(payload, redelivered=True) is begins
+            assert CALLS == [21] * begins
+            server.script["events"].clear()
+
+    @pytest.mark.parametrize("answer", [RESET, Answer(500), Answer(401), Answer(None, raw=b"?")])
     def test_no_answer_that_means_anything(self, server: FakeCallbackServer, answer: Answer) -> None:
         payload = Payload(server.url, double, 21)
         server.script["events"].append(answer)
@@ -872,7 +901,7 @@ class TestBeat:
         running = background.submit(run, payload)
         beats = [server.beat(payload, number) for number in (1, 2, 3)]
         assert {beat.hold for beat in beats} == {0.2}
-        assert [beat.line(payload)[3] for beat in beats] == ["1", "2", "3"], "so none can be replayed"
+        assert [beat.line(payload)[4] for beat in beats] == ["1", "2", "3"], "so none can be replayed"
         assert len({beat.line(payload)[2] for beat in beats}) == 1
         assert len({beat.request.peer for beat in beats}) == 1, "on one connection"
         GATE.set()

@@ -71,7 +71,13 @@ class TestVocabulary:
         assert frames.TERMINAL == {"task_result", "task_error", "task_cancelled"}
 
     def test_the_events(self) -> None:
-        assert frames.EVENTS == frames.TERMINAL | {"task_started", "heartbeat", "progress", "log"}
+        assert frames.EVENTS == frames.TERMINAL | {
+            "task_started",
+            "heartbeat",
+            "progress",
+            "log",
+            "task_retry",
+        }
 
     def test_an_event_carries_its_run_task_attempt_and_number(self) -> None:
         assert frames.event("log", RUN_ID, "app.task", 2, 7, message="x") == {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 from wove_tests.waiting import until
 
-from wove import dispatch, frames
+from wove import alarm, dispatch, frames
 from wove.environment import (
     BackendAdapterEnvironmentExecutor,
     DeliveryOrphanedError,
@@ -938,7 +938,7 @@ class TestDeadlines:
         executor.hooks["recv"] = flood
         executor.report(runs[0], "heartbeat")
         await clock.advance(61)
-        for _ in range(10 * dispatch.MAX_CATCH_UP):
+        for _ in range(10 * alarm.MAX_CATCH_UP):
             await asyncio.sleep(0)
         assert late.done()
         executor.hooks["recv"] = None

@@ -288,7 +288,7 @@ class TestEvents:
             event_tag(self.KEY, "a", "b", True, []),
             event_tag(self.KEY, "a", "b", False, []),
             reply_tag(self.KEY, b"a", b"b"),
-            beat_tag(self.KEY, "a", "b", 1),
+            beat_tag(self.KEY, "a", "b", 1, 1),
             cancel_tag(self.KEY, "a", "b", 1),
             fetch_tag(self.KEY, "a"),
             bytes.fromhex(webhook_token(self.KEY, "a")),
@@ -303,14 +303,15 @@ class TestEvents:
             event_tag(self.KEY, "a", "x", True, body),
             event_tag(self.KEY, "a", "b", True, [b"bodx"]),
             event_tag(b"k" * 32, "a", "b", True, body),
-            beat_tag(self.KEY, "a", "b", 1),
-            beat_tag(self.KEY, "a", "b", 2),
-            beat_tag(self.KEY, "a", "x", 1),
+            beat_tag(self.KEY, "a", "b", 1, 1),
+            beat_tag(self.KEY, "a", "b", 1, 2),
+            beat_tag(self.KEY, "a", "b", 2, 1),
+            beat_tag(self.KEY, "a", "x", 1, 1),
             reply_tag(self.KEY, b"request", b"ok"),
             reply_tag(self.KEY, b"another", b"ok"),
             reply_tag(self.KEY, b"request", b"no"),
         }
-        assert len(tags) == 11
+        assert len(tags) == 12
 
     def test_fields_do_not_run_into_each_other(self) -> None:
         assert mac(self.KEY, ["ab", "c"]) != mac(self.KEY, ["a", "bc"])

@@ -6,23 +6,25 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wove import frames
 from wove.adapters.registry import adapter_names, check_modules, load_adapter
-from wove.backend import BuiltPayload, build_payload, failure_webhook, resolve_callback_url
+from wove.backend import BuiltPayload, build_payload, failure_webhook, job_id, resolve_callback_url
 from wove.errors import ConfigurationError, EncodeError, SubmitError
 from wove.executors.base import EnvironmentExecutor, FrameChannel
 from wove.executors.lane import Lane
 from wove.executors.settings import check_keys
+from wove.executors.watch import Watch, worker_of
 from wove.security import check_listener, check_plain_http, find_secrets
 from wove.threads import DaemonPool, in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Coroutine, Sequence
 
-    from wove.adapters.base import BackendAdapter
+    from wove.adapters.base import BackendAdapter, BackendState
     from wove.callback_server.hub import Lease
     from wove.frames import Frame
     from wove.security import SecretRing
@@ -41,6 +43,11 @@ DEFAULT_MAX_BODY = 256 * 1024 * 1024
 SUBMIT_SECONDS = 30.0
 CONTROL_SECONDS = 10.0
 CLOSE_SECONDS = 2.0
+#: Seconds that a probe may take.
+PROBE_SECONDS = 5.0
+#: Seconds that a running task gets to listen to a cancellation before its process is ended,
+#: where that is configured.
+ESCALATE_AFTER = 1.0
 #: Seconds that stopping waits for workers that were told to stop.
 DRAIN_SECONDS = 1.5
 #: Runs that leave together at most.
@@ -81,7 +88,8 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         self._flushing: asyncio.Task[None] | None = None
         #: Runs that were sent and have no outcome yet, with what the adapter knows them by.
         self._open: dict[str, Any] = {}
-        self._late_cancels: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._watch: Watch | None = None
 
     async def start(
         self,
@@ -108,7 +116,16 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             callback_url=self._callback_url,
             run_config=run_config,
         )
+        self._adapter.worker_of = worker_of(self._lease.find)
         await self._lane.call(self._adapter.start, SUBMIT_SECONDS, "start")
+        self._watch = Watch(environment_name, self._lease.close_run, self._probe, self._lease.take_parked)
+
+    async def _probe(self, jobs: Sequence[str]) -> Mapping[str, BackendState]:
+        adapter, lane = self._adapter, self._lane
+        if adapter is None or lane is None:
+            return {}
+        found = await lane.call(lambda: adapter.probe(jobs), PROBE_SECONDS, "probe")
+        return found if isinstance(found, Mapping) else {}
 
     def _prepare(self, config: Mapping[str, Any]) -> tuple[type[BackendAdapter], Lease]:
         adapter_class = self._adapter_class or load_adapter(self.name)
@@ -164,18 +181,16 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         adapter, self._adapter = self._adapter, None
         lease, self._lease = self._lease, None
         lane, self._lane = self._lane, None
+        watch, self._watch = self._watch, None
         if self._flushing is not None:
             self._flushing.cancel()
+        if watch is not None:
+            await watch.stop()
         if lease is not None:
             await _drain(lease)
-        if adapter is not None and lane is not None:
-            try:
-                await lane.call(adapter.close, CLOSE_SECONDS, "close")
-            except Exception as exc:
-                logger.warning("environment %r: closing the adapter failed: %s", adapter.name, exc)
-            adapter.release_threads()
-        if lane is not None:
-            await lane.stop()
+        for task in tuple(self._background):
+            task.cancel()
+        await self._close(adapter, lane)
         if self._encoder is not None:
             self._encoder.close()
         if lease is not None:
@@ -183,6 +198,17 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         if self._channel is not None:
             self._channel.close()
         self._open.clear()
+
+    async def _close(self, adapter: BackendAdapter | None, lane: Lane | None) -> None:
+        if lane is None:
+            return
+        if adapter is not None:
+            try:
+                await lane.call(adapter.close, CLOSE_SECONDS, "close")
+            except Exception as exc:
+                logger.warning("environment %r: closing the adapter failed: %s", adapter.name, exc)
+            adapter.release_threads()
+        await lane.stop()
 
     # --- submitting -----------------------------------------------------------
 
@@ -212,7 +238,11 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         for waiting, result in zip(batch, results, strict=True):
             run_id = waiting.frame["run_id"]
             refused = isinstance(result, BaseException)
-            if refused and self._lease is not None:
+            if refused and self._lease is not None and self._lease.has_started(run_id):
+                # Only the backend's answer was lost: a worker has it.
+                refused, result = False, None
+            # A run that is submitted again keeps its place, and what is said of this attempt is known.
+            if refused and self._lease is not None and not waiting.frame["delivery"].get("again"):
                 self._lease.close_run(run_id)
             if waiting.accepted.cancelled():
                 self._settle_cancelled(waiting.frame, result)
@@ -222,6 +252,9 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             else:
                 if run_id in self._open:  # its outcome may have been faster
                     self._open[run_id] = result
+                known = self._lease.find(run_id) if self._lease is not None else None
+                if known is not None and isinstance(result, str):
+                    known.job = result
                 waiting.accepted.set_result(None)
 
     def _settle_cancelled(self, frame: Frame, result: Any) -> None:
@@ -231,9 +264,12 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             return
         # The cancellation came too early to find the job; now it is there.
         self._open[frame["run_id"]] = result
-        task = asyncio.get_running_loop().create_task(self._cancel_late(frame), name="wove-cancel-late")
-        self._late_cancels.add(task)
-        task.add_done_callback(self._late_cancels.discard)
+        self._in_background(self._cancel_late(frame), "wove-cancel-late")
+
+    def _in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _cancel_late(self, frame: Frame) -> None:
         try:
@@ -286,16 +322,29 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             ring=self._ring,
             callback_url=self._callback_url,
             max_body=self._max_body,
+            nonce=self._nonce(frame),
         )
+
+    def _nonce(self, frame: Frame) -> bytes | None:
+        # What earlier attempts say is signed with keys from the same nonce.
+        known = self._lease.find(frame["run_id"]) if self._lease is not None else None
+        return known.nonce if known is not None else None
 
     def _open_run(self, lease: Lease, frame: Frame, built: BuiltPayload) -> None:
         from wove.callback_server.runs import OpenRun
 
-        if self._channel is None:
+        if self._channel is None or self._watch is None:
             raise SubmitError("the environment was stopped")
+        delivery = frame.get("delivery") or {}
+        if delivery.get("attended") is False:
+            return  # nobody waits for it: it was put back on the queue as we stop
+        attempt = delivery.get("attempt", 1)
+        known = lease.find(frame["run_id"])
         # Before it is submitted: a fast worker may report before the broker has answered us.
-        lease.open_run(
-            OpenRun(
+        if known is not None:
+            lease.renew_run(known, attempt, built.message)
+        else:
+            known = OpenRun(
                 run_id=frame["run_id"],
                 task_id=frame["task_id"],
                 environment=self._environment,
@@ -304,12 +353,15 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
                 sink=self._channel.put,
                 max_body=self._max_body,
                 message=built.message,
-                attempt=(frame.get("delivery") or {}).get("attempt", 1),
+                attempt=attempt,
+                heartbeat=delivery.get("heartbeat_seconds"),
+                on_suspect=self._watch.suspect,
             )
-        )
+            lease.open_run(known)
+        self._watch.opened(known)
 
     def _public(self, frame: Frame, built: BuiltPayload) -> Frame:
-        if not self._wants_webhook:
+        if not self._wants_webhook or frame["delivery"].get("attended") is False:
             return frame
         webhook = failure_webhook(
             frame["run_id"],
@@ -317,6 +369,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             environment=self._environment,
             ring=self._ring,
             callback_url=self._callback_url,
+            job=job_id(frame),
         )
         return {**frame, "failure_webhook": webhook}
 
@@ -331,12 +384,32 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         lease.cancel_run(run_id)
         frame = {**frame, "started": lease.has_started(run_id)}
         submission = self._open.pop(run_id, None)
+        if frame["started"] and adapter.stops_running:
+            self._in_background(self._escalate(adapter, lane, frame, submission), "wove-escalate")
         never_starts = await lane.call(
             lambda: adapter.cancel(run_id, submission, frame), CONTROL_SECONDS, "cancel"
         )
         if never_starts:
             lease.close_run(run_id)
             self._acknowledge_cancel(frame)
+
+    async def _escalate(self, adapter: BackendAdapter, lane: Lane, frame: Frame, submission: Any) -> None:
+        """End the process of a task that has not ended by itself."""
+        give_up = time.monotonic() + ESCALATE_AFTER
+        while time.monotonic() < give_up:
+            if self._lease is None or self._lease.find(frame["run_id"]) is None:
+                break
+            await asyncio.sleep(0.05)
+        lease = self._lease
+        if lease is not None and lease.find(frame["run_id"]) is None:
+            return  # it has listened
+        stop = {**frame, "escalate": True}
+        try:
+            await lane.call(
+                lambda: adapter.cancel(frame["run_id"], submission, stop), CONTROL_SECONDS, "cancel"
+            )
+        except Exception:
+            logger.warning("stopping the process of run %s failed", frame["run_id"], exc_info=True)
 
     def _acknowledge_cancel(self, frame: Frame) -> None:
         self._open.pop(frame["run_id"], None)

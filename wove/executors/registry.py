@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wove.delivery import nearest
 from wove.executors.base import EnvironmentExecutor
+from wove.policy import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

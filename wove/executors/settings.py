@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from wove.delivery import nearest
 from wove.errors import ConfigurationError
+from wove.policy import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

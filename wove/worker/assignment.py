@@ -11,7 +11,8 @@ from wove import frames
 from wove.errors import PayloadRejectedError, ProtocolError
 from wove.security import fetch_tag, find_secrets, open_payload, run_key
 from wove.wire import decode_callable, decode_value, unpack_message
-from wove.worker.connection import Reply, request, split_url
+from wove.worker.connection import request, split_url
+from wove.worker.offering import offer, patience
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,14 +22,15 @@ if TYPE_CHECKING:
 #: The version of the payload format that this worker reads.
 VERSION = 1
 
-#: Seconds between attempts to fetch a large message.
-_FETCH_PAUSES = (0.1, 0.5, 1.0, 3.0)
-
 _rings: dict[tuple[object, ...], SecretRing] = {}
 
 
 class NotWanted(Exception):
     """The callback server knows of the run no more: it was cancelled, or has ended."""
+
+
+class FetchFailed(ConnectionError):
+    """The callback server did not answer for as long as the run was worth: nothing of it ran."""
 
 
 class Assignment:
@@ -56,6 +58,7 @@ class Assignment:
             self.timeout = _seconds(envelope.get("timeout"))
             self.start_timeout = _seconds(envelope.get("start_timeout"))
             self.keep = envelope.get("keep") is True
+            self.attended = envelope.get("attended", True) is not False
             nonce = _checked(envelope["nonce"], bytes)
             self.origin, self.path = split_url(self.callback)
         except (KeyError, ValueError) as exc:
@@ -66,13 +69,20 @@ class Assignment:
         self.key = run_key(secret, self.environment, self.run_id, nonce)
         self._envelope = envelope
 
+    @property
+    def job(self) -> str:
+        """The id under which the backend knows this attempt; see :func:`wove.backend.job_id`."""
+        return self.run_id if self.attempt == 1 else f"{self.run_id}-{self.attempt}"
+
     def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """Return the callable, its positional and its keyword arguments.
 
         A large message is first fetched from the callback server.
 
         Raises:
-            Exception: whatever importing or unpickling raises; OSError when fetching fails.
+            Exception: whatever importing or unpickling raises.
+            FetchFailed: a large message could not be had.
+            NotWanted: it is not to be had any more.
         """
         envelope: Mapping[str, Any] = self._envelope
         attachments = self._attachments
@@ -103,24 +113,21 @@ class Assignment:
         size, digest = claim
         headers = {"Wove-Key": self.kid, "Wove-Signature": fetch_tag(self.key, self.run_id).hex()}
         path = f"{self.path}/wove/v1/payloads/{self.run_id}"
-        reply = self._get(path, headers, size)
+        reply = offer(
+            lambda: request(self.origin, "GET", path, headers, timeout=30.0, max_reply=size),
+            self,
+            patience(self, time.monotonic(), cancelled=False),
+            "the arguments",
+        )
+        if reply is None:
+            raise FetchFailed(f"the callback server at {self.origin} did not hand out the run's arguments")
         if reply.status == 410:
             raise NotWanted
-        if reply.status != 200:
-            raise ConnectionError(f"the callback server answered {reply.status} for the run's arguments")
         if hashlib.sha256(reply.body).digest() != digest:
             raise ProtocolError(
                 "the run's arguments changed while they were sent: do not modify them meanwhile"
             )
         return reply.body
-
-    def _get(self, path: str, headers: Mapping[str, str], size: int) -> Reply:
-        for pause in _FETCH_PAUSES:
-            try:
-                return request(self.origin, "GET", path, headers, timeout=30.0, max_reply=size)
-            except OSError:
-                time.sleep(pause)
-        return request(self.origin, "GET", path, headers, timeout=30.0, max_reply=size)
 
     def overdue(self, clock_offset: float, tolerance: float) -> bool:
         """Tell whether nobody can be waiting for the run to start any more.

@@ -6,36 +6,120 @@ Start the workers you have with ``celery -A proj worker -I wove.worker.celery``,
 
 from __future__ import annotations
 
+import base64
+import logging
 import os
 import sys
+import threading
 from typing import Any
 
 from billiard import current_process
 from celery import shared_task, signals
-from celery.exceptions import Ignore, TimeLimitExceeded, WorkerLostError
+from celery.exceptions import Ignore, Reject, Retry, TimeLimitExceeded, WorkerLostError
 
 import wove
 from wove.errors import WoveError
 from wove.security import find_secrets
 from wove.worker.execution import run
+from wove.worker.hooks import BackendHooks
 from wove.worker.parent import report_cancel, report_loss
 
 #: The name that submitters send to, unless ``executor_config["task_name"]`` says otherwise.
 TASK_NAME = "wove.run"
+
+#: What an outcome that could not be delivered is kept under: the task's id and this.
+PARKED_SUFFIX = "-outcome"
+PARKED_FIELD = "wove_outcome"
+
+logger = logging.getLogger("wove.worker")
 
 
 class TaskExited(RuntimeError):
     """A task raised SystemExit in a worker's main process; it was reported to the submitter as such."""
 
 
+class CeleryHooks(BackendHooks):
+    """Celery retries what the task's settings say; its result backend, if it has one, keeps outcomes."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+
+    def runs_again(self, ending: Any) -> bool:
+        """``Retry``, ``Reject(requeue=True)``, and what ``autoretry_for`` names, while retries are left."""
+        if isinstance(ending, Retry):
+            return True
+        task = self._task
+        if isinstance(ending, Reject):
+            return bool(ending.requeue and task.acks_late)  # else it was acknowledged, and is gone
+        wanted = tuple(getattr(task, "autoretry_for", ()))
+        # Celery wraps a task that retries by itself, and keeps what it was.
+        if not hasattr(task, "_orig_run") or not isinstance(ending, wanted):
+            return False
+        if isinstance(ending, (Ignore, *getattr(task, "dont_autoretry_for", ()))):
+            return False
+        most = getattr(task, "retry_kwargs", {}).get("max_retries", task.max_retries)
+        return most is None or task.request.retries < most
+
+    def park(self, outcome: bytes) -> None:
+        """Keep a signed outcome in the result backend, under an id of its own."""
+        kept = {PARKED_FIELD: base64.b64encode(outcome).decode("ascii")}
+        if self._keeps_results("outcome") and self._task.app.conf.result_serializer == "json":
+            self._task.backend.store_result(f"{self._task.request.id}{PARKED_SUFFIX}", kept, "SUCCESS")
+
+    def keep(self, result: Any, failure: BaseException | None) -> None:
+        """Keep the outcome as Celery keeps any task's, for ``AsyncResult`` to fetch."""
+        if not self._keeps_results("result"):
+            return
+        backend, task_id = self._task.backend, self._task.request.id
+        if failure is not None:
+            backend.store_result(task_id, failure, "FAILURE")
+            return
+        try:
+            backend.store_result(task_id, result, "SUCCESS")
+        except Exception as exc:
+            logger.warning("the result of task %s is kept as text: %s", task_id, exc)
+            backend.store_result(task_id, repr(result)[:10_000], "SUCCESS")
+
+    def _keeps_results(self, what: str) -> bool:
+        from celery.backends.base import DisabledBackend
+
+        if isinstance(self._task.backend, DisabledBackend):
+            logger.error(
+                "the %s of task %s is lost: nobody took it, and this fleet has no result backend to keep it in",
+                what, self._task.request.id,
+            )  # fmt: skip
+            return False
+        return True
+
+
 @shared_task(name=TASK_NAME, bind=True, ignore_result=True)
 def run_payload(self: Any, payload: bytes | str) -> None:
     """Execute a payload; its outcome goes to the submitter, not to a result backend."""
-    request = self.request
+    execute(self, payload)
+
+
+def execute(task: Any, payload: bytes | str) -> None:
+    """Execute a payload in a bound Celery task: for tasks of your own, with ``task_name`` in the environment.
+
+    Args:
+        task: the bound task, ``self``; its ``autoretry_for`` and retries apply.
+        payload: the task's argument.
+
+    Raises:
+        BaseException: what the user's function raised, so that Celery counts the task as failed.
+    """
+    request = task.request
     info = request.delivery_info or {}
     again = bool(info.get("redelivered")) or bool(request.retries)
+    worker = {
+        "backend": "celery",
+        "job": request.id,
+        "node": request.hostname or "",
+        "answers": _parent_answers(),
+        "requeues": bool(task.acks_late and task.reject_on_worker_lost),
+    }
     try:
-        completed = run(payload, backend={"backend": "celery", "job": request.id}, redelivered=again)
+        completed = run(payload, backend=worker, redelivered=again, hooks=CeleryHooks(task))
     except SystemExit as exc:
         # In a pool process this ends the process, as Celery expects; in the solo and threads
         # pools it would end the whole worker. Celery's own shutdown requests are subclasses.
@@ -44,6 +128,19 @@ def run_payload(self: Any, payload: bytes | str) -> None:
         raise
     if not completed:
         raise Ignore  # cancelled: neither a success nor a failure of the task
+
+
+def _parent_answers() -> bool:
+    """Tell whether the worker answers remote control commands while this task runs."""
+    if current_process().name != "MainProcess":
+        return True  # a pool process: its parent is free
+    if threading.current_thread() is threading.main_thread():
+        return False  # the solo pool
+    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
+    patched = (gevent is not None and gevent.is_module_patched("threading")) or (
+        eventlet is not None and eventlet.is_monkey_patched("thread")
+    )
+    return not patched
 
 
 @signals.task_failure.connect(weak=False)
@@ -82,6 +179,42 @@ def _offer_status(**_: Any) -> None:
     from celery.worker.control import inspect_command
 
     inspect_command(name="wove_status")(_status)
+    inspect_command(name="wove_runs", variadic="ids")(_runs)
+
+
+def _runs(state: Any, ids: list[str], **_: Any) -> dict[str, list[str]]:
+    """Say where tasks are: ``active``, ``reserved`` or ``died``, with a word about it.
+
+    Celery's own ``query_task`` calls a task active until the death of its process was dealt
+    with, which can take seconds.
+    """
+    from celery.worker import state as tasks
+
+    found = {}
+    for task_id in ids:
+        request = tasks.requests.get(task_id)
+        if request is None:
+            continue
+        if request not in tasks.active_requests:
+            found[task_id] = ["reserved", ""]
+            continue
+        death = _death(request.worker_pid)
+        found[task_id] = ["died", death] if death else ["active", ""]
+    return found
+
+
+def _death(pid: int | None) -> str:
+    """Say how a pool process ended; nothing of one that lives, or is not a process of ours."""
+    if not pid or pid == os.getpid():
+        return ""
+    try:
+        # Only looks: Celery is to reap it.
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except (OSError, AttributeError):
+        return ""
+    if ended is None:
+        return ""
+    return f"{'exit code' if ended.si_code == os.CLD_EXITED else 'signal'} {ended.si_status}"
 
 
 def _status(state: Any) -> dict[str, Any]:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("wove.worker")
 
-#: Seconds after which a running task is reported as started.
-REPORT_AFTER = 0.05
+#: Seconds after which a running task is reported as started: from then on its death shows.
+REPORT_AFTER = 0.02
 #: Seconds that progress is collected before it is sent.
 NEWS_EVERY = 0.1
 #: Seconds after which a running task joins the open beat.
@@ -73,6 +73,9 @@ class Courier:
     @contextmanager
     def caring_for(self, session: Session) -> Iterator[None]:
         """Take care of a session within the block."""
+        if not session.assignment.attended:
+            yield
+            return
         self.add(session)
         try:
             yield
@@ -211,10 +214,12 @@ class _Beats:
         for session in sessions:
             session.beats += 1
             task = session.assignment
-            tag = beat_tag(task.key, task.run_id, session.execution, session.beats)
+            tag = beat_tag(task.key, task.run_id, session.execution, task.attempt, session.beats)
             # A task that takes its time to stop has been told already.
             word = "stopping" if session.context.cancelled else "run"
-            lines.append(f"{word} {task.run_id} {session.execution} {session.beats} {task.kid} {tag.hex()}")
+            lines.append(
+                f"{word} {task.run_id} {session.execution} {task.attempt} {session.beats} {task.kid} {tag.hex()}"
+            )
         body = "\n".join(lines).encode()
         connection, self._spare = self._spare or connect(self._origin, timeout=5.0), None
         path = f"{sessions[0].assignment.path}/wove/v1/beats"

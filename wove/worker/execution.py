@@ -6,9 +6,10 @@ import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 from wove.errors import PayloadRejectedError
-from wove.worker.assignment import Assignment, NotWanted
+from wove.worker.assignment import Assignment, FetchFailed, NotWanted
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
+from wove.worker.hooks import BackendHooks
 from wove.worker.session import Session
 
 if TYPE_CHECKING:
@@ -23,7 +24,13 @@ class TaskCancelledItself(RuntimeError):
     """An ``async`` task raised CancelledError although nobody had cancelled it."""
 
 
-def run(payload: bytes | str, *, backend: Mapping[str, str] | None = None, redelivered: bool = False) -> bool:
+def run(
+    payload: bytes | str,
+    *,
+    backend: Mapping[str, Any] | None = None,
+    redelivered: bool = False,
+    hooks: BackendHooks | None = None,
+) -> bool:
     """Execute a payload and deliver its outcome to the submitter.
 
     For backends that call a plain function. Synchronous callables run in the calling
@@ -33,19 +40,21 @@ def run(payload: bytes | str, *, backend: Mapping[str, str] | None = None, redel
         payload: what the submitter's adapter was given: bytes, or base64 text.
         backend: ``{"backend": name, "job": id}``, shown in errors.
         redelivered: whether the backend says that it delivers the payload again.
+        hooks: what the backend does about failures and about outcomes that nobody takes.
 
     Returns:
         True when the function ran to its end; False when the run was cancelled, before
-        it started or while it ran.
+        it started or while it ran, or is in the hands of another worker.
 
     Raises:
         PayloadRejectedError: the payload is not signed with this worker's secret; nothing ran.
         BaseException: what the user's function raised, after it was reported, so that
             the backend counts the task as failed too.
     """
+    hooks = hooks or BackendHooks()
     session = _open(payload, backend)
     if not session.may_start(redelivered=redelivered):
-        logger.info("run %s is not wanted any more: skipped", session.assignment.run_id)
+        logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
         return False
     # Until the outcome is delivered: loading and encoding may take long as well.
     with courier_for(session.assignment.origin).caring_for(session):
@@ -58,14 +67,18 @@ def run(payload: bytes | str, *, backend: Mapping[str, str] | None = None, redel
                 if hasattr(result, "__await__"):
                     result = _drive(result, session)
         except BaseException as exc:
-            report_failure(session, exc)
+            _report_failure(session, exc, hooks)
             return False
-        session.succeed(result)
+        _report_result(session, result, hooks)
         return True
 
 
 async def arun(
-    payload: bytes | str, *, backend: Mapping[str, str] | None = None, redelivered: bool = False
+    payload: bytes | str,
+    *,
+    backend: Mapping[str, Any] | None = None,
+    redelivered: bool = False,
+    hooks: BackendHooks | None = None,
 ) -> bool:
     """Execute a payload from a running event loop; otherwise as :func:`run`.
 
@@ -74,9 +87,10 @@ async def arun(
     import asyncio
     import contextvars
 
+    hooks = hooks or BackendHooks()
     session = await _in_thread(_open, payload, backend)
     if not await _in_thread(lambda: session.may_start(redelivered=redelivered)):
-        logger.info("run %s is not wanted any more: skipped", session.assignment.run_id)
+        logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
         return False
     with courier_for(session.assignment.origin).caring_for(session):
         call = await _in_thread(load_call, session)
@@ -97,9 +111,9 @@ async def arun(
                 # Not the task but the worker's own coroutine was cancelled: it shuts down.
                 await asyncio.shield(_in_thread(session.lost, "the worker was shut down"))
                 raise
-            await _in_thread(report_failure, session, exc)
+            await _in_thread(_report_failure, session, exc, hooks)
             return False
-        await _in_thread(session.succeed, result)
+        await _in_thread(_report_result, session, result, hooks)
         return True
 
 
@@ -121,7 +135,7 @@ async def _in_thread(func: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
-def _open(payload: bytes | str, backend: Mapping[str, str] | None) -> Session:
+def _open(payload: bytes | str, backend: Mapping[str, Any] | None) -> Session:
     try:
         assignment = Assignment(payload)
     except PayloadRejectedError as exc:
@@ -160,6 +174,10 @@ class Execution(Protocol):
         """Deliver that the task was cancelled."""
         ...
 
+    def lost(self, message: str) -> None:
+        """Deliver that the delivery failed, and not the task."""
+        ...
+
 
 class _Call:
     """The user's function with its arguments."""
@@ -182,6 +200,10 @@ def load_call(session: Execution) -> _Call | None:
     except NotWanted:
         session.acknowledge_cancel()
         return None
+    except FetchFailed as exc:
+        # The delivery failed, and not the task: it may be made again.
+        session.lost(str(exc))
+        return None
     except BaseException as exc:
         worker = session.worker
         exc.add_note(
@@ -193,6 +215,40 @@ def load_call(session: Execution) -> _Call | None:
         raise
 
 
+def _report_result(session: Session, result: Any, hooks: BackendHooks) -> None:
+    """Deliver the result, or say that the backend will run the payload again; keep it if nobody takes it."""
+    if hooks.runs_again(result):
+        session.retried(f"the task returned {type(result).__name__}")
+        hooks.passed = result
+        return
+    session.succeed(result)
+    _keep(session, hooks, result=result)
+
+
+def _keep(
+    session: Session, hooks: BackendHooks, *, result: Any = None, failure: BaseException | None = None
+) -> None:
+    try:
+        if session.parked is not None:
+            hooks.park(session.parked)
+        if session.unclaimed:
+            hooks.keep(result, failure)
+    except Exception:
+        logger.exception("the outcome of run %s was not kept by the backend", session.assignment.run_id)
+
+
+def _report_failure(session: Session, exc: BaseException, hooks: BackendHooks) -> None:
+    """Deliver the failure and raise it, or say that the backend will run the payload again."""
+    if hooks.runs_again(exc):
+        session.retried(exc)
+        raise exc
+    try:
+        report_failure(session, exc)
+    except BaseException as reported:
+        _keep(session, hooks, failure=reported)
+        raise
+
+
 def report_failure(session: Execution, exc: BaseException) -> None:
     """Deliver the failure, then raise it, unless it was the cancellation that was asked for."""
     if _is_cancellation(exc):
@@ -201,8 +257,7 @@ def report_failure(session: Execution, exc: BaseException) -> None:
             return
         failure = TaskCancelledItself("the task raised CancelledError although nobody had cancelled it")
         failure.__cause__ = exc
-        session.fail(failure)
-        raise failure
+        exc = failure
     session.fail(exc)
     raise exc
 

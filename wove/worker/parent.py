@@ -36,7 +36,8 @@ def _in_background(payload: bytes | str, backend: str, tell: Callable[[Session],
     def report() -> None:
         try:
             assignment = Assignment(payload)
-            tell(Session(assignment, {"backend": backend, "job": assignment.run_id}))
+            if assignment.attended:
+                tell(Session(assignment, {"backend": backend, "job": assignment.job}))
         except WoveError as exc:
             logger.warning("the end of a task could not be reported: %s", exc)
         except Exception:

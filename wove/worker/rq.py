@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from wove.worker.execution import run as _run
+from wove.worker.hooks import BackendHooks
+
+logger = logging.getLogger("wove.worker")
+
+#: Field of the job's hash in Redis that holds an outcome which could not be delivered.
+PARKED_FIELD = "wove_outcome"
+#: Seconds that such an outcome, and the result of work that nobody waited for, are kept.
+PARKED_SECONDS = 900
+KEPT_SECONDS = 24 * 3600
 
 
-def run(payload: bytes | str) -> None:
+class RqHooks(BackendHooks):
+    """RQ retries what it was told to retry, and keeps outcomes with the job."""
+
+    def __init__(self, job: Any) -> None:
+        self._job = job
+
+    def runs_again(self, ending: Any) -> bool:
+        """RQ's ``Retry``: of the job, for any exception, or returned by the task."""
+        if isinstance(ending, BaseException):
+            return bool(self._job.should_retry)
+        kind = type(ending)
+        if kind.__name__ != "Retry" or not kind.__module__.startswith("rq."):
+            return False
+        return bool((self._job.number_of_retries or 0) < ending.max)
+
+    def park(self, outcome: bytes) -> None:
+        """Keep a signed outcome in the job's own hash."""
+        self._outlast(PARKED_SECONDS)
+        self._job.connection.hset(self._job.key, PARKED_FIELD, outcome)
+
+    def keep(self, result: Any, failure: BaseException | None) -> None:
+        """Let RQ keep the result as it keeps any job's; failures it keeps by itself."""
+        self._outlast(KEPT_SECONDS)
+        if failure is None:
+            try:
+                self._job.serializer.dumps(result)
+            except Exception as exc:
+                logger.warning("the result of job %s is kept as text: %s", self._job.id, exc)
+                result = repr(result)[:10_000]
+            self.passed = result
+
+    def _outlast(self, seconds: int) -> None:
+        if self._job.result_ttl is not None and 0 <= self._job.result_ttl < seconds:
+            self._job.result_ttl = seconds
+
+
+def run(payload: bytes | str) -> Any:
     """Execute a payload; its outcome goes to the submitter, not to the job's result.
+
+    Returns:
+        None; the result only of work that was detached or requeued when its submitter
+        stopped, and a ``Retry`` that the user's function returned.
 
     Raises:
         BaseException: what the user's function raised, so that RQ counts the job as failed.
@@ -16,9 +66,14 @@ def run(payload: bytes | str) -> None:
     from rq import get_current_job
 
     job = get_current_job()
-    retried = job is not None and bool(getattr(job, "number_of_retries", 0))
-    backend = {"backend": "rq", "job": job.id if job is not None else ""}
-    _run(payload, backend=backend, redelivered=retried)
+    if job is None:  # called by hand
+        _run(payload)
+        return None
+    hooks = RqHooks(job)
+    retried = bool(getattr(job, "number_of_retries", 0))
+    info = {"backend": "rq", "job": job.id, "rq_worker": getattr(job, "worker_name", None) or ""}
+    _run(payload, backend=info, redelivered=retried, hooks=hooks)
+    return hooks.passed
 
 
 def on_stopped(job: Any, connection: Any) -> None:

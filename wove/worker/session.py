@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
-from wove.errors import EncodeError, normalize_exception
+from wove.errors import EncodeError, lost, normalize_exception
 from wove.remote_errors import encode_exception
 from wove.security import event_tag, reply_tag, same
-from wove.wire import encode_value, pack_message
+from wove.wire import encode_value, pack_message, park
 from wove.worker.connection import Reply, clock_offsets, request
 from wove.worker.context import RunContext
+from wove.worker.offering import offer, patience, retry_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,8 +34,10 @@ OVERDUE_KNOWN = 2.0
 OVERDUE_UNKNOWN = 10.0
 #: Seconds that asking for leave to start may take; without an answer the task is run.
 ASK_TIMEOUT = 5.0
-#: Seconds that any outcome is offered, also one that hardly anybody waits for.
-LEAST_RETRY = 2.0
+#: Seconds for which a worker is asked to wait at most, because another one may be at the same run.
+ASK_PATIENCE = 10.0
+#: Bytes of an outcome that a backend is asked to keep at most.
+MAX_PARKED = 64 * 1024 * 1024
 #: Seconds that a progress report may take.
 REPORT_TIMEOUT = 5.0
 #: Frames and characters that one report holds at most.
@@ -47,21 +49,6 @@ ENVELOPE_ALLOWANCE = 64 * 1024
 MAX_PENDING = 1_000
 
 _CONTENT_TYPE = "application/msgpack"
-_RETRY_DELAYS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-
-
-#: Since when, on the monotonic clock, a callback origin has not answered.
-down_since: dict[str, float] = {}
-
-
-def retry_seconds() -> float:
-    """Return how long a worker tries to deliver an outcome: ``WOVE_RESULT_RETRY_SECONDS`` or 300."""
-    text = os.environ.get("WOVE_RESULT_RETRY_SECONDS", "")
-    try:
-        return max(0.0, float(text)) if text else 300.0
-    except ValueError:
-        logger.warning("WOVE_RESULT_RETRY_SECONDS is a number of seconds, not %r; using 300", text)
-        return 300.0
 
 
 class Session:
@@ -80,6 +67,10 @@ class Session:
         self.context = RunContext(assignment.run_id, assignment.task_id, assignment.attempt, self.emit)
         #: The callback server does not know the run (any more): no beats for it.
         self.unwanted = False
+        #: An outcome that could not be delivered, signed, for the backend to keep.
+        self.parked: bytes | None = None
+        #: Nobody waits for the outcome, and the work was kept: the backend is to keep what it returns.
+        self.unclaimed = False
         self.on_cancel: Callable[[], None] | None = None
         #: Called when a frame waits to be sent; set by the courier.
         self.notify: Callable[[], None] | None = None
@@ -104,6 +95,8 @@ class Session:
         must not lose work. But not when the caller's deadline is over, too: then it has
         given up, and gone.
         """
+        if not self.assignment.attended:
+            return True
         offset = clock_offsets.get(self.assignment.origin)
         if not redelivered and offset is not None:
             age = time.time() + offset - self.assignment.sent_at
@@ -111,19 +104,35 @@ class Session:
                 return True
         if offset is not None and self.assignment.overdue(offset, OVERDUE_KNOWN):
             return False
-        frame = self._frame(frames.TASK_STARTED, fence=True)
-        try:
-            reply = self._post([frame], [], final=False, timeout=ASK_TIMEOUT)
-        except Exception as exc:
-            if self.assignment.overdue(offset or 0.0, OVERDUE_UNKNOWN):
-                logger.info(
-                    "run %s is not started: its deadline is over, its caller gone", self.assignment.run_id
-                )
-                return False
-            logger.info("run %s starts unasked: %s: %s", self.assignment.run_id, type(exc).__name__, exc)
-            return True
+        return self._ask(offset)
+
+    def _ask(self, offset: float | None) -> bool:
+        give_up = time.monotonic() + ASK_PATIENCE
+        while True:
+            frame = self._frame(frames.TASK_STARTED, fence=True)
+            try:
+                reply = self._post([frame], [], final=False, timeout=ASK_TIMEOUT)
+            except Exception as exc:
+                if self.assignment.overdue(offset or 0.0, OVERDUE_UNKNOWN):
+                    logger.info(
+                        "run %s is not started: its deadline is over, its caller gone", self.assignment.run_id
+                    )
+                    return False
+                logger.info("run %s starts unasked: %s: %s", self.assignment.run_id, type(exc).__name__, exc)
+                return True
+            if reply.status == 503 and time.monotonic() < give_up:
+                # Another worker was at this run a moment ago; whether it lives will be known soon.
+                time.sleep(retry_after(reply) or 0.5)
+                continue
+            break
         self._started = reply.status < 300
-        return reply.status != 410
+        if reply.status == 409:
+            logger.info("run %s is not started: another worker is at it", self.assignment.run_id)
+            return False
+        if reply.status == 410:
+            # Work that is kept when its submitter goes is not over because that has gone.
+            return self.assignment.keep and "wove-ended" not in reply.headers
+        return True
 
     # --- during the task ------------------------------------------------------
 
@@ -227,17 +236,30 @@ class Session:
 
     def lost(self, message: str) -> None:
         """Report, from another process than the task's, that its process died."""
-        error = {
-            "kind": "WorkerLostError",
-            "message": message,
-            "traceback": "",
-            "retryable": True,
-            "source": "backend",
-        }
-        self._finish(frames.TASK_ERROR, [], error=error)
+        self._started = True  # or not; nothing of this process says so
+        self._finish(frames.TASK_ERROR, [], error=lost(message))
+
+    def retried(self, why: BaseException | str) -> None:
+        """Report that this execution came to nothing, and that the backend will run the payload again."""
+        if isinstance(why, BaseException):
+            error = normalize_exception(why, retryable=True)
+        else:
+            error = {"kind": "Retry", "message": why, "traceback": "", "retryable": True, "source": "backend"}
+        if self.assignment.attended:
+            self._send_last(self._last_batch(frames.TASK_RETRY, error=error), [], final=False)
 
     def _finish(self, kind: str, attachments: list[Buffer], **fields: Any) -> int:
-        """Deliver the terminal frame, however long the callback server is away."""
+        """Deliver the terminal frame, however long the callback server is away.
+
+        Returns:
+            The callback server's answer; 0 when it gave none, or nobody waits for the outcome.
+        """
+        if not self.assignment.attended:
+            self.unclaimed = True
+            return 0
+        return self._send_last(self._last_batch(kind, **fields), attachments, final=True)
+
+    def _last_batch(self, kind: str, **fields: Any) -> list[frames.Frame]:
         # What one request does not hold goes ahead, as long as somebody listens.
         while len(self._pending) > MAX_FRAMES - 4 and self.report():
             pass
@@ -255,54 +277,38 @@ class Session:
         finally:
             if held:
                 self._sending.release()
-        return self._deliver(last, attachments)
+        return last
 
-    def _deliver(self, batch: list[frames.Frame], attachments: list[Buffer]) -> int:
-        give_up = time.monotonic() + self._patience()
-        refusals = 0
-        for attempt in range(1_000_000):
-            wait_for: float | None = None
-            try:
-                reply = self._post(batch, attachments, final=True)
-            except Exception as exc:
-                # Without a connection, or with a reply that is none of a callback server's.
-                problem = f"{type(exc).__name__}: {exc}"
-                down_since.setdefault(self.assignment.origin, time.monotonic())
-            else:
-                down_since.pop(self.assignment.origin, None)
-                if reply.status < 300 or reply.status in (410, 413):
-                    return reply.status
-                problem = f"the callback server answered {reply.status}"
-                # A body that was cut on its way is 400 too, so these are tried again as well.
-                refusals += reply.status in (400, 401, 404)
-                wait_for = _retry_after(reply)
-            delay = wait_for or random.uniform(0, _RETRY_DELAYS[min(attempt, len(_RETRY_DELAYS) - 1)])  # noqa: S311
-            if refusals >= 3 or time.monotonic() + delay > give_up:
-                logger.error(
-                    "the outcome of run %s could not be delivered to %s: %s",
-                    self.assignment.run_id, self.assignment.origin, problem,
-                )  # fmt: skip
-                return 0
-            logger.log(
-                logging.WARNING if attempt == 0 else logging.DEBUG,
-                "delivering the outcome of run %s failed, trying again: %s", self.assignment.run_id, problem,
-            )  # fmt: skip
-            time.sleep(delay)
-        return 0
+    def _send_last(self, batch: list[frames.Frame], attachments: list[Buffer], *, final: bool) -> int:
+        task = self.assignment
+        reply = offer(
+            lambda: self._post(batch, attachments, final=final),
+            task,
+            patience(task, self.begun, cancelled=self.context.cancelled),
+        )
+        if reply is None:
+            if final:
+                self.parked = self._park(batch, attachments)
+                self.unclaimed = task.keep and not self.context.cancelled
+            return 0
+        self.unclaimed = reply.status == 410 and task.keep and "wove-ended" not in reply.headers
+        return reply.status
 
-    def _patience(self) -> float:
-        """Return how many seconds the outcome is worth offering to a server that does not answer."""
-        now = time.monotonic()
-        patience = retry_seconds()
-        # One outage is waited for once: later runs of a submitter that is gone do not each
-        # hold a slot of the fleet for minutes.
-        patience -= now - down_since.get(self.assignment.origin, now)
-        if self.assignment.timeout is not None:
-            # Nobody waits beyond the run's own deadline.
-            patience = min(patience, self.assignment.timeout - (now - self.begun))
-        if self.context.cancelled:
-            patience = 0.0
-        return max(patience, min(LEAST_RETRY, retry_seconds()))
+    def _park(self, batch: list[frames.Frame], attachments: Sequence[Buffer]) -> bytes:
+        """Return the outcome as a signed blob for the backend to keep."""
+        body = self._body(batch, attachments)
+        size = sum(memoryview(part).nbytes for part in body)
+        if size > MAX_PARKED:
+            error = normalize_exception(
+                EncodeError(
+                    f"the outcome has {size} bytes; it could not be delivered, and is too large to be kept by the "
+                    "backend meanwhile"
+                ),
+                source="worker",
+            )
+            body = self._body([self._frame(frames.TASK_ERROR, error=error)], [])
+        task = self.assignment
+        return park(task.kid, event_tag(task.key, task.run_id, _CONTENT_TYPE, True, body), body)
 
     # --- on the wire ----------------------------------------------------------
 
@@ -311,11 +317,14 @@ class Session:
         task = self.assignment
         return frames.event(kind, task.run_id, task.task_id, task.attempt, self._seq, **fields)
 
+    def _body(self, batch: list[frames.Frame], attachments: Sequence[Buffer]) -> list[Buffer]:
+        envelope = {"v": 1, "execution": self.execution, "worker": self.worker, "frames": batch}
+        return pack_message(envelope, attachments)
+
     def _post(
         self, batch: list[frames.Frame], attachments: Sequence[Buffer], *, final: bool, timeout: float = 10.0
     ) -> Reply:
-        envelope = {"v": 1, "execution": self.execution, "worker": self.worker, "frames": batch}
-        body = pack_message(envelope, attachments)
+        body = self._body(batch, attachments)
         task = self.assignment
         tag = event_tag(task.key, task.run_id, _CONTENT_TYPE, final, body)
         headers = {
@@ -333,10 +342,3 @@ class Session:
 
 def _signed(given: str, expected: bytes) -> bool:
     return same(expected.hex().encode(), given.encode("ascii", "replace"))
-
-
-def _retry_after(reply: Reply) -> float | None:
-    try:
-        return min(30.0, max(0.05, float(reply.headers.get("retry-after", "")))) * random.uniform(0.5, 1.0)  # noqa: S311
-    except ValueError:
-        return None

@@ -185,6 +185,7 @@ class Payload:
         heartbeat: float | None = None,
         timeout: float | None = None,
         secret: str | None = None,
+        delivery: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.run_id = secrets.token_hex(16)
@@ -195,7 +196,12 @@ class Payload:
             "callable": func,
             "positional": args,
             "args": kwargs,
-            "delivery": {"attempt": 1, "timeout": timeout, "heartbeat_seconds": heartbeat},
+            "delivery": {
+                "attempt": 1,
+                "timeout": timeout,
+                "heartbeat_seconds": heartbeat,
+                **(delivery or {}),
+            },
         }
         ring = find_secrets(secret)
         built = build_payload(self.frame, environment=ENVIRONMENT, ring=ring, callback_url=callback_url)

@@ -94,10 +94,10 @@ class Beat:
         self.answer = Answer(200)
 
     def line(self, payload: Payload) -> list[str]:
-        """Return what it says of a run: word, run id, execution, count, key id, signature; verified."""
+        """Return what it says of a run: word, run id, execution, attempt, count, key id, signature; verified."""
         (line,) = [line for line in self.lines if line[1] == payload.run_id]
-        _, run_id, execution, count, kid, tag = line
-        assert tag == beat_tag(payload.key, run_id, execution, int(count)).hex()
+        _, run_id, execution, attempt, count, kid, tag = line
+        assert tag == beat_tag(payload.key, run_id, execution, int(attempt), int(count)).hex()
         assert kid == payload.kid
         return line
 
@@ -112,7 +112,7 @@ class Beat:
 
     def cancel(self, payload: Payload, key: bytes | None = None) -> None:
         """Answer it with the cancellation of a run."""
-        _, run_id, execution, count, *_ = self.line(payload)
+        _, run_id, execution, _, count, *_ = self.line(payload)
         tag = cancel_tag(key or payload.key, run_id, execution, int(count))
         self.release(Answer(200, body=f"cancel {execution} {tag.hex()}".encode()))
 

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
-from wove.errors import EncodeError, PayloadRejectedError, ProtocolError, normalize_exception
+from wove.errors import EncodeError, PayloadRejectedError, ProtocolError, lost, normalize_exception
 from wove.exchange import VERSION
 from wove.remote_errors import encode_exception
 from wove.threads import DaemonPool, in_thread
@@ -242,6 +242,10 @@ class _Run:
     def acknowledge_cancel(self) -> None:
         """Deliver that the task was cancelled."""
         self._finish(frames.TASK_CANCELLED, [])
+
+    def lost(self, message: str) -> None:
+        """Deliver that the delivery failed, and not the task."""
+        self._finish(frames.TASK_ERROR, [], error=lost(message))
 
     def cancel(self) -> None:
         """The caller no longer wants the result."""

@@ -1,0 +1,127 @@
+"""The open beat: a request that says which runs a worker is at, and is held until there is news for it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from wove import frames
+from wove.callback_server.decoding import MAX_EXECUTION
+from wove.callback_server.guard import Guard, refusal
+from wove.callback_server.replies import gone, reply
+from wove.security import beat_tag, cancel_tag, same
+
+if TYPE_CHECKING:
+    from wove.callback_server.contacts import Contacts
+    from wove.callback_server.runs import Execution, OpenRun, OpenRuns
+
+#: Largest body, in bytes.
+MAX_BODY = 256 * 1024
+#: Seconds a beat is held at most, whatever the worker asks for.
+MAX_HOLD = 30.0
+MAX_RUNS_IN_BEAT = 256
+
+
+@dataclass(slots=True)
+class _Beat:
+    """One verified line of a beat."""
+
+    run: OpenRun
+    name: str
+    execution: Execution
+    count: int
+    key: bytes
+    told: bool
+
+    @property
+    def to_cancel(self) -> bool:
+        # What an earlier attempt does is of no use any more, either.
+        return (self.run.cancelled or self.execution.attempt < self.run.attempt) and not self.told
+
+    def cancel_line(self) -> str:
+        tag = cancel_tag(self.key, self.run.run_id, self.name, self.count)
+        return f"cancel {self.name} {tag.hex()}"
+
+
+class Beats:
+    """Handles the beats of one listener."""
+
+    def __init__(self, runs: OpenRuns, guard: Guard, contacts: Contacts) -> None:
+        self._runs = runs
+        self._guard = guard
+        self._contacts = contacts
+
+    async def hold(self, request: web.Request) -> web.Response:
+        """Hold the request until a run of it is cancelled, all are closed, or its time is up."""
+        body = await self._guard.read_body(request, MAX_BODY)
+        hold, beating = self._read_beat(request, body)
+        wake = asyncio.Event()
+        for beat in beating:
+            beat.run.watchers.add(wake)
+            self._contacts.heard(request.protocol, beat.run, beat.execution)
+            if not beat.execution.over:
+                beat.run.sink([beat.run.event(frames.HEARTBEAT)])
+        try:
+            async with asyncio.timeout(hold):
+                while not any(beat.to_cancel for beat in beating) and self._any_open(beating):
+                    await wake.wait()
+                    wake.clear()
+        except TimeoutError:
+            pass
+        except asyncio.CancelledError:
+            # The worker's end of the connection is closed.
+            self._contacts.lost(request.protocol)
+            raise
+        finally:
+            for beat in beating:
+                beat.run.watchers.discard(wake)
+        return reply(200, text="\n".join(beat.cancel_line() for beat in beating if beat.to_cancel))
+
+    def _any_open(self, beating: list[_Beat]) -> bool:
+        return any(self._runs.get(beat.run.run_id) is beat.run for beat in beating)
+
+    def _read_beat(self, request: web.Request, body: bytearray) -> tuple[float, list[_Beat]]:
+        """Read ``hold SECONDS`` and ``run|stopping ID EXECUTION ATTEMPT COUNT KID TAG`` lines, verified."""
+        hold = MAX_HOLD
+        beating = []
+        any_gone = False
+        for line in bytes(body).decode("ascii", "replace").split("\n")[: MAX_RUNS_IN_BEAT + 1]:
+            words = line.split(" ")
+            if words[0] == "hold" and len(words) == 2:
+                hold = _seconds(words[1])
+            elif words[0] in ("run", "stopping") and len(words) == 7:
+                beat = self._verified_beat(*words)
+                any_gone = any_gone or beat is None
+                if beat is not None:
+                    beating.append(beat)
+        if not beating:
+            raise gone(request) if any_gone else refusal(web.HTTPBadRequest())
+        return hold, beating
+
+    def _verified_beat(
+        self, word: str, run_id: str, name: str, attempt: str, count: str, kid: str, tag: str
+    ) -> _Beat | None:
+        run = self._runs.get(run_id)
+        key = run.key(kid) if run is not None else None
+        if run is None or key is None or not all(n.isdecimal() and len(n) < 12 for n in (attempt, count)):
+            return None
+        number = int(count)
+        expected = beat_tag(key, run_id, name, int(attempt), number).hex().encode()
+        if len(name) > MAX_EXECUTION or not same(expected, tag.encode("utf-8", "replace")):
+            return None
+        execution = run.execution(name, int(attempt))
+        if execution is None or number <= execution.beats:
+            return None
+        execution.beats = number
+        return _Beat(run, name, execution, number, key, told=word == "stopping")
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return MAX_HOLD
+    return min(MAX_HOLD, max(0.1, value)) if value == value else MAX_HOLD

@@ -1,0 +1,31 @@
+"""What the callback server answers with."""
+
+from __future__ import annotations
+
+import time
+
+from aiohttp import web
+
+from wove.callback_server.guard import refusal
+
+#: Tells a worker that a run is over, and not merely of no interest here.
+ENDED = {"Wove-Ended": "1"}
+
+
+def reply(status: int, headers: dict[str, str] | None = None, text: str | None = None) -> web.Response:
+    """Return an answer that tells our clock: by it workers know how long a payload has waited."""
+    return web.Response(
+        status=status, headers={"Wove-Time": f"{time.time():.6f}", **(headers or {})}, text=text
+    )
+
+
+def gone(request: web.Request, *, ended: bool = False) -> web.HTTPException:
+    """Return 410: the run is closed, or was never open here."""
+    # Work that is kept when its submitter goes has to know whether it is over.
+    answer = web.HTTPGone(headers=ENDED if ended else None)
+    return refusal(answer) if request.body_exists else answer
+
+
+def unauthorized(request: web.Request) -> web.HTTPException:
+    """Return 401, the same for whatever is wrong with a signature."""
+    return refusal(web.HTTPUnauthorized())
