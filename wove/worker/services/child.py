@@ -1,0 +1,151 @@
+"""A worker process as its parent sees it: commands come over a private socket, events go back.
+
+The socket's descriptor is named in ``WOVE_STDIO_FD``; standard input, output and error belong to the tasks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+from wove import frames
+from wove.errors import ConfigurationError
+from wove.exchange import HELLO, VERSION, Packet, PacketReader, encode_note, framed
+from wove.worker.services.output import capture_output
+from wove.worker.services.runner import Runner
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Buffer
+
+    from wove.worker.allowed import AllowList
+
+logger = logging.getLogger("wove.worker")
+
+DESCRIPTOR = "WOVE_STDIO_FD"
+SEARCH_PATH = "WOVE_STDIO_PATH"
+#: How long a thread may keep the interpreter while others, such as the one that sends, wait for it.
+SWITCH_SECONDS = 0.0005
+#: Seconds that the interpreter gets to end by itself.
+EXIT_SECONDS = 2.0
+#: Buffers that one system call takes, and packets that may wait for their turn.
+_MAX_BUFFERS = 256
+MAX_WAITING = 1_000
+
+
+def serve_parent(*, threads: int, allow: AllowList | None) -> None:
+    """Run commands until the parent says so, or is gone.
+
+    Raises:
+        ConfigurationError: this process was not started by an executor or a service.
+    """
+    parent = _Parent(_take_socket())
+    for folder in reversed(os.environ.pop(SEARCH_PATH, "").split(os.pathsep)):
+        if folder and folder not in sys.path:
+            sys.path.insert(0, folder)
+    capture_output()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    runner = Runner(threads=threads, allow=allow, backend="stdio")
+    parent.send(encode_note(HELLO, v=VERSION, pid=os.getpid()))
+    try:
+        _take_commands(parent, runner)
+    finally:
+        runner.close_now()
+        # Threads of the user's that do not end must not keep the process.
+        last = threading.Timer(EXIT_SECONDS, os._exit, (0,))
+        last.daemon = True
+        last.start()
+
+
+def _take_socket() -> socket.socket:
+    text = os.environ.pop(DESCRIPTOR, "")
+    if not text.isdigit():
+        raise ConfigurationError(
+            "a stdio worker is started by its executor, not by hand: put "
+            '{"executor": "stdio"} into an environment definition'
+        )
+    connection = socket.socket(fileno=int(text))
+    # What tasks start must not hold the line open when this process has died.
+    connection.set_inheritable(False)
+    return connection
+
+
+def _take_commands(parent: _Parent, runner: Runner) -> None:
+    while True:
+        for packet in parent.receive():
+            if packet is None or packet.kind == frames.SHUTDOWN:
+                return
+            if packet.kind == frames.RUN_TASK:
+                runner.run(packet, parent.emit)
+            elif packet.kind == frames.CANCEL_TASK:
+                runner.cancel(packet.run_id)
+
+
+class _Parent:
+    """The private socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._reader = PacketReader()
+        self._buffer = memoryview(bytearray(256 * 1024))
+        self._lock = threading.Lock()
+        self._waiting: deque[list[memoryview]] = deque()
+        self._gone = False
+
+    def receive(self) -> list[Packet | None]:
+        """Wait for the next commands; None stands for the end."""
+        room = self._reader.room()
+        count = self._socket.recv_into(self._buffer if room is None else room)
+        if not count:
+            return [None]
+        if room is not None:
+            done = self._reader.filled(count)
+            return [] if done is None else [Packet(done)]
+        return [Packet(raw) for raw in self._reader.feed(self._buffer[:count])]
+
+    def emit(self, kind: str, parts: Sequence[Buffer]) -> None:
+        """Send an event."""
+        self.send(parts)
+
+    def send(self, parts: Sequence[Buffer]) -> None:
+        """Send a packet. While one thread sends, it sends for the others, too; all wait for a parent that is slow."""
+        self._waiting.append([memoryview(part).cast("B") for part in framed(parts)])
+        if len(self._waiting) > MAX_WAITING:
+            with self._lock:
+                self._send_waiting()
+            return
+        while self._waiting and self._lock.acquire(blocking=False):
+            try:
+                self._send_waiting()
+            finally:
+                self._lock.release()
+
+    def _send_waiting(self) -> None:
+        while self._waiting and not self._gone:
+            buffers: list[memoryview] = []
+            while self._waiting and len(buffers) < _MAX_BUFFERS:
+                buffers += self._waiting.popleft()
+            try:
+                self._send_all(buffers)
+            except OSError as exc:
+                # Without its parent this process ends: the reading side notices as well.
+                self._gone = True
+                logger.info("the parent is gone: %s", exc)
+        if self._gone:
+            self._waiting.clear()
+
+    def _send_all(self, buffers: list[memoryview]) -> None:
+        at = 0
+        while at < len(buffers):
+            sent = self._socket.sendmsg(buffers[at : at + _MAX_BUFFERS])
+            while at < len(buffers) and sent >= buffers[at].nbytes:
+                sent -= buffers[at].nbytes
+                at += 1
+            if sent:
+                buffers[at] = buffers[at][sent:]
