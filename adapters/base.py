@@ -28,11 +28,14 @@ class BackendState:
             ``unknown``.
         detail: the backend's own word, such as ``signal 9``.
         outcome: a signed outcome that a worker could not deliver, and left with the backend.
+        busy: of a running one, that its process is known to be computing this moment: it may be
+            too busy to speak.
     """
 
     state: str
     detail: str = ""
     outcome: bytes | None = None
+    busy: bool = False
 
 
 class BackendAdapter(ABC):

@@ -9,6 +9,7 @@ from wove.adapters.base import BackendAdapter, BackendState
 from wove.backend import as_text, job_id, summarize_call
 from wove.errors import ConfigurationError, SubmitError
 from wove.security import scrub, without_passwords
+from wove.wire import PARKED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +25,6 @@ FAILURE_TTL = 300
 REDIS_TIMEOUT = 5.0
 #: Seconds that RQ's worker waits for the callback server to take its webhook.
 WEBHOOK_TIMEOUT = 4
-#: Field of a job's hash where a worker leaves an outcome that it could not deliver.
-PARKED_FIELD = "wove_outcome"
 
 _DELETE_QUEUED = """
 if redis.call('lrem', KEYS[1], 1, ARGV[1]) == 0 then return 0 end
@@ -204,7 +203,7 @@ class RqAdapter(BackendAdapter):
         # Not by RQ's own Job.fetch_many, which unpickles what it finds.
         with self._queue.connection.pipeline(transaction=False) as pipeline:
             for run_id in run_ids:
-                pipeline.hmget(Job.key_for(run_id), "status", "worker_name", PARKED_FIELD)
+                pipeline.hmget(Job.key_for(run_id), "status", "worker_name", PARKED)
             found = dict(zip(run_ids, pipeline.execute(), strict=True))
         workers = {_text(worker) for status, worker, _ in found.values() if _text(status) == "started"}
         alive = self._alive(workers - {""}) if workers else {}
@@ -216,27 +215,34 @@ class RqAdapter(BackendAdapter):
     def _alive(self, workers: set[str]) -> dict[str, bool]:
         """Return for each worker of which it is known whether it lives.
 
-        RQ itself learns of a killed worker after minutes. Redis knows at once: a worker gives its
-        connection its own name, and keeps it while it lives.
+        RQ itself learns of a killed worker after minutes. Redis knows at once: a worker listens for
+        commands on a channel of its own as long as it lives, also after it had to connect again.
         """
         from redis.exceptions import RedisError
+        from rq.command import PUBSUB_CHANNEL_TEMPLATE
         from rq.worker import BaseWorker
 
         connection = self._queue.connection
         known: dict[str, bool] = {}
         try:
-            connected = {client.get("name") for client in connection.client_list()}
-            known = dict.fromkeys(workers & connected, True)
-            missing = sorted(workers - connected)
+            channels = {PUBSUB_CHANNEL_TEMPLATE % worker: worker for worker in workers}
+            listening = {_text(name) for name, count in connection.pubsub_numsub(*channels) if count}
+            known = {worker: True for channel, worker in channels.items() if channel in listening}
+            missing = sorted(workers - known.keys())
             if missing:
+                connected = {client.get("name") for client in connection.client_list()}
                 now, _ = connection.time()
                 began = now - int(connection.info("server")["uptime_in_seconds"])
                 with connection.pipeline(transaction=False) as pipeline:
                     for worker in missing:
                         pipeline.hget(BaseWorker.redis_worker_namespace_prefix + worker, "birth")
                     births = dict(zip(missing, pipeline.execute(), strict=True))
-                # A worker that is older than this Redis server lost the name with its connection.
-                known.update({worker: False for worker, birth in births.items() if _is_after(birth, began)})
+                for worker, birth in births.items():
+                    if worker in connected:
+                        known[worker] = True
+                    # A worker that is older than this Redis server may be about to connect to it.
+                    elif _is_after(birth, began):
+                        known[worker] = False
         except (RedisError, KeyError, ValueError):
             pass  # not allowed here, or a proxy in between: not known
         return known

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import socket
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
@@ -21,8 +22,6 @@ from wove.callback_server.runs import OpenRuns
 from wove.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    import socket
-
     from wove.callback_server.runs import OpenRun
 
 logger = logging.getLogger("wove.callback_server")
@@ -201,6 +200,8 @@ class CallbackListener:
                 raise RuntimeError("aiohttp started no server")
             address = runner.addresses[0]
             self._sockets = _listening_sockets(site)
+            for listening in self._sockets:
+                _notice_black_holes(listening)
             sweeper = asyncio.create_task(self.guard.sweep(server))
             bound.set_result(int(address[1]))
             await self._stop.wait()
@@ -222,6 +223,20 @@ class CallbackListener:
                 loop.remove_reader(listening.fileno())
         for _ in range(3):
             await asyncio.sleep(0)
+
+
+def _notice_black_holes(listening: Any) -> None:
+    """Let the kernel find out that a peer does not answer any more; accepted sockets inherit this.
+
+    A frozen process still answers: its kernel does. So this tells a dead line from a dead worker.
+    """
+    for name, value in (("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+        option = getattr(socket, name, None)
+        if option is not None:
+            with suppress(OSError):
+                listening.setsockopt(socket.IPPROTO_TCP, option, value)
+    with suppress(OSError):
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def _listening_sockets(site: web.TCPSite) -> list[Any]:

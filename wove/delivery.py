@@ -244,7 +244,9 @@ class RunTable:
         kind = frame["type"]
         if kind == frames.TASK_RESULT:
             return False  # of whichever attempt: the work is done
-        if frame["attempt"] < run.attempt or run.state is RunState.LOST:
+        # Between a loss and the next attempt the task's own word still counts: it was not lost.
+        own_end = kind in frames.TERMINAL and not is_loss(frame.get("error"))
+        if frame["attempt"] < run.attempt or (run.state is RunState.LOST and not own_end):
             self.dropped["stale"] += 1
             return True
         execution = frame.get("execution")

@@ -608,15 +608,19 @@ class TestLostDeliveries:
         clock.advance(100)
         assert table.expire() == []  # nobody is silent who was not asked to speak
 
-    def test_who_was_given_up_may_yet_bring_the_result_and_nothing_else(self, table: RunTable) -> None:
+    @pytest.mark.parametrize("end", ["task_result", "task_error", "task_cancelled"])
+    def test_who_was_given_up_may_yet_bring_the_outcome_and_nothing_else(
+        self, table: RunTable, end: str
+    ) -> None:
+        # Before it is submitted again: then its own word is newer than that of its death.
         opened(table, retries=1)
         table.apply(loss())
-        kinds = sorted(frames.EVENTS - {frames.TASK_RESULT})
+        kinds = sorted(frames.EVENTS - frames.TERMINAL)
         for number, kind in enumerate(kinds, start=2):
             assert table.apply(event(kind, seq=number)) == (False, None, None)
         assert table.apply(loss()) == (False, None, None)
         assert table.dropped == {"stale": len(kinds) + 1}
-        assert ended(outcome_of(table, event("task_result", seq=1))).kind == "result"
+        assert ended(outcome_of(table, event(end, seq=1))).kind == end.removeprefix("task_")
 
     def test_a_second_loss_of_an_earlier_attempt_costs_no_retry(self, table: RunTable) -> None:
         run = opened(table, retries=1)
@@ -961,7 +965,10 @@ class Model:
             return "late"
         if kind == frames.TASK_RESULT:
             return "result"
-        if self.lost or frame["attempt"] < self.attempt:
+        own_end = kind in frames.TERMINAL and not (
+            kind == frames.TASK_ERROR and frame["error"]["source"] == "backend"
+        )
+        if frame["attempt"] < self.attempt or (self.lost and not own_end):
             return "stale"
         execution = frame.get("execution")
         if execution is not None and kind not in frames.TERMINAL:
@@ -1054,13 +1061,14 @@ def step(name: str) -> Any:
 CROSSINGS = frozenset(
     {
         *(f"{kind} while {state}: {kind}" for kind in ("result", "error", "cancelled")
-          for state in ("queued", "submitted", "started", "cancelling") if kind != "result"),
+          for state in ("queued", "submitted", "started", "lost", "cancelling") if kind != "result"),
         *(f"result while {state}: result" for state in ("queued", "submitted", "started", "lost", "cancelling")),
         *(f"loss while {state}: again" for state in ("queued", "submitted", "started")),
         *(f"loss while {state}: error" for state in ("queued", "submitted", "started", "cancelling")),
         *(f"retry while {state}: nothing" for state in ("queued", "submitted", "started", "cancelling")),
         *(f"{kind} while {state}: stale" for kind in ("news", "error", "cancelled", "loss", "retry")
-          for state in ("queued", "started", "lost")),
+          for state in ("queued", "started")),
+        *(f"{kind} while lost: stale" for kind in ("news", "loss", "retry")),
         *(f"{kind} while {state}: duplicate" for kind in ("news", "retry") for state in ("submitted", "started")),
         *(f"{kind} while closed: late" for kind in ("news", "result", "error", "cancelled", "loss", "retry")),
         "refusal while queued: again",

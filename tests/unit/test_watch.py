@@ -59,6 +59,8 @@ class Run:
     cancelled: bool = False
     cancelled_at: float = 0.0
     closed: bool = False
+    asked_at: float = float("-inf")
+    obituary: dict[str, Any] | None = None
     worker: dict[str, Any] = field(default_factory=dict)
     #: What went to the environment, and when.
     told: list[tuple[float, frames.Frame]] = field(default_factory=list)

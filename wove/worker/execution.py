@@ -28,7 +28,7 @@ def run(
     payload: bytes | str,
     *,
     backend: Mapping[str, Any] | None = None,
-    redelivered: bool = False,
+    redelivered: bool | int = False,
     hooks: BackendHooks | None = None,
 ) -> bool:
     """Execute a payload and deliver its outcome to the submitter.
@@ -39,7 +39,8 @@ def run(
     Args:
         payload: what the submitter's adapter was given: bytes, or base64 text.
         backend: ``{"backend": name, "job": id}``, shown in errors.
-        redelivered: whether the backend says that it delivers the payload again.
+        redelivered: whether the backend says that it delivers the payload again, or how often it
+            has run it before.
         hooks: what the backend does about failures and about outcomes that nobody takes.
 
     Returns:
@@ -60,6 +61,7 @@ def run(
     with courier_for(session.assignment.origin).caring_for(session):
         call = load_call(session)
         if call is None:
+            _keep(session, hooks)
             return False
         try:
             with bind(session.context):
@@ -77,7 +79,7 @@ async def arun(
     payload: bytes | str,
     *,
     backend: Mapping[str, Any] | None = None,
-    redelivered: bool = False,
+    redelivered: bool | int = False,
     hooks: BackendHooks | None = None,
 ) -> bool:
     """Execute a payload from a running event loop; otherwise as :func:`run`.
@@ -95,6 +97,7 @@ async def arun(
     with courier_for(session.assignment.origin).caring_for(session):
         call = await _in_thread(load_call, session)
         if call is None:
+            await _in_thread(_keep, session, hooks)
             return False
         try:
             with bind(session.context):
@@ -221,8 +224,10 @@ def _report_result(session: Session, result: Any, hooks: BackendHooks) -> None:
         session.retried(f"the task returned {type(result).__name__}")
         hooks.passed = result
         return
-    session.succeed(result)
-    _keep(session, hooks, result=result)
+    try:
+        session.succeed(result)
+    finally:
+        _keep(session, hooks, result=result)
 
 
 def _keep(
@@ -239,7 +244,8 @@ def _keep(
 
 def _report_failure(session: Session, exc: BaseException, hooks: BackendHooks) -> None:
     """Deliver the failure and raise it, or say that the backend will run the payload again."""
-    if hooks.runs_again(exc):
+    wanted = not (session.context.cancelled and _is_cancellation(exc))
+    if wanted and hooks.runs_again(exc):
         session.retried(exc)
         raise exc
     try:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from wove.wire import PARKED
 from wove.worker.execution import run as _run
 from wove.worker.hooks import BackendHooks
 
 logger = logging.getLogger("wove.worker")
 
-#: Field of the job's hash in Redis that holds an outcome which could not be delivered.
-PARKED_FIELD = "wove_outcome"
 #: Seconds that such an outcome, and the result of work that nobody waited for, are kept.
 PARKED_SECONDS = 900
 KEPT_SECONDS = 24 * 3600
@@ -35,7 +34,7 @@ class RqHooks(BackendHooks):
     def park(self, outcome: bytes) -> None:
         """Keep a signed outcome in the job's own hash."""
         self._outlast(PARKED_SECONDS)
-        self._job.connection.hset(self._job.key, PARKED_FIELD, outcome)
+        self._job.connection.hset(self._job.key, PARKED, outcome)
 
     def keep(self, result: Any, failure: BaseException | None) -> None:
         """Let RQ keep the result as it keeps any job's; failures it keeps by itself."""
@@ -70,7 +69,7 @@ def run(payload: bytes | str) -> Any:
         _run(payload)
         return None
     hooks = RqHooks(job)
-    retried = bool(getattr(job, "number_of_retries", 0))
+    retried = int(getattr(job, "number_of_retries", 0) or 0)
     info = {"backend": "rq", "job": job.id, "rq_worker": getattr(job, "worker_name", None) or ""}
     _run(payload, backend=info, redelivered=retried, hooks=hooks)
     return hooks.passed

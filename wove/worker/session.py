@@ -40,6 +40,8 @@ ASK_PATIENCE = 10.0
 MAX_PARKED = 64 * 1024 * 1024
 #: Seconds that a progress report may take.
 REPORT_TIMEOUT = 5.0
+#: Seconds after which a report that failed is followed by another.
+REPORT_AGAIN = 0.5
 #: Frames and characters that one report holds at most.
 MAX_FRAMES = 48
 MAX_CHARACTERS = 40_000
@@ -77,6 +79,9 @@ class Session:
         self.worker: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), **(backend or {})}
         self._path = f"{assignment.path}/wove/v1/events/{assignment.run_id}"
         self._seq = 0
+        self._retry = 0
+        #: When a report that failed is tried again, in monotonic seconds.
+        self._report_again = 0.0
         self._pending: list[frames.Frame] = []
         self._lock = threading.Lock()
         # Held while a report is under way, so that the outcome does not overtake it.
@@ -86,7 +91,7 @@ class Session:
 
     # --- before the task ------------------------------------------------------
 
-    def may_start(self, *, redelivered: bool = False) -> bool:
+    def may_start(self, *, redelivered: bool | int = False) -> bool:
         """Ask whether the run is still wanted, where it may not be.
 
         A run that waited long enough to be cancelled, or that the broker delivers again,
@@ -97,6 +102,8 @@ class Session:
         """
         if not self.assignment.attended:
             return True
+        # How often the backend itself has run the payload before, where it counts that.
+        self._retry = redelivered if type(redelivered) is int else 0
         offset = clock_offsets.get(self.assignment.origin)
         if not redelivered and offset is not None:
             age = time.time() + offset - self.assignment.sent_at
@@ -109,7 +116,7 @@ class Session:
     def _ask(self, offset: float | None) -> bool:
         give_up = time.monotonic() + ASK_PATIENCE
         while True:
-            frame = self._frame(frames.TASK_STARTED, fence=True)
+            frame = self._frame(frames.TASK_STARTED, fence=True, retry=self._retry)
             try:
                 reply = self._post([frame], [], final=False, timeout=ASK_TIMEOUT)
             except Exception as exc:
@@ -163,7 +170,7 @@ class Session:
     @property
     def has_news(self) -> bool:
         """Whether frames wait to be sent (the first of all says that the task has started)."""
-        return bool(self._pending) or not self._started
+        return (bool(self._pending) or not self._started) and time.monotonic() >= self._report_again
 
     def report(self) -> bool:
         """Send frames that wait, as many as one request holds.
@@ -179,6 +186,10 @@ class Session:
                 return self._post(batch, [], final=False, timeout=REPORT_TIMEOUT).status < 300
             except Exception as exc:
                 logger.info("progress of run %s was not delivered: %s", self.assignment.run_id, exc)
+                with self._lock:
+                    # Who is at it has to be known; progress may be lost.
+                    self._started = self._started and batch[0]["type"] != frames.TASK_STARTED
+                    self._report_again = time.monotonic() + REPORT_AGAIN
                 return False
 
     def _take_pending(self) -> list[frames.Frame]:
@@ -281,11 +292,17 @@ class Session:
 
     def _send_last(self, batch: list[frames.Frame], attachments: list[Buffer], *, final: bool) -> int:
         task = self.assignment
-        reply = offer(
-            lambda: self._post(batch, attachments, final=final),
-            task,
-            patience(task, self.begun, cancelled=self.context.cancelled),
-        )
+        try:
+            reply = offer(
+                lambda: self._post(batch, attachments, final=final),
+                task,
+                patience(task, self.begun, cancelled=self.context.cancelled),
+            )
+        except BaseException:
+            # A time limit of the backend strikes: whether the outcome has arrived is not known.
+            if final:
+                self.parked = self._park(batch, attachments)
+            raise
         if reply is None:
             if final:
                 self.parked = self._park(batch, attachments)
