@@ -56,10 +56,12 @@ def run(
     session = _open(payload, backend)
     if not session.may_start(redelivered=redelivered):
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
+        hooks.refused(session)
         return False
+    hooks.begins(session)
     # Until the outcome is delivered: loading and encoding may take long as well.
     with courier_for(session.assignment.origin).caring_for(session):
-        call = load_call(session)
+        call = load_call(session, hooks)
         if call is None:
             _keep(session, hooks)
             return False
@@ -93,9 +95,11 @@ async def arun(
     session = await _in_thread(_open, payload, backend)
     if not await _in_thread(lambda: session.may_start(redelivered=redelivered)):
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
+        hooks.refused(session)
         return False
+    hooks.begins(session)
     with courier_for(session.assignment.origin).caring_for(session):
-        call = await _in_thread(load_call, session)
+        call = await _in_thread(load_call, session, hooks)
         if call is None:
             await _in_thread(_keep, session, hooks)
             return False
@@ -196,7 +200,7 @@ class _Call:
         return self.func(*self._args, **self._kwargs)
 
 
-def load_call(session: Execution) -> _Call | None:
+def load_call(session: Execution, hooks: BackendHooks | None = None) -> _Call | None:
     """Return the call, or None for a run that is not wanted any more."""
     try:
         return _Call(*session.assignment.load())
@@ -214,6 +218,8 @@ def load_call(session: Execution) -> _Call | None:
             "or its arguments: install the code there that the submitter has (or set PYTHONPATH), or send it by value "
             "with cloudpickle.register_pickle_by_value(module)"
         )
+        if hooks is not None:
+            hooks.ends(None, exc, source="worker")
         session.fail(exc, source="worker")
         raise
 
@@ -224,6 +230,7 @@ def _report_result(session: Session, result: Any, hooks: BackendHooks) -> None:
         session.retried(f"the task returned {type(result).__name__}")
         hooks.passed = result
         return
+    hooks.ends(result, None)
     try:
         session.succeed(result)
     finally:
@@ -249,13 +256,13 @@ def _report_failure(session: Session, exc: BaseException, hooks: BackendHooks) -
         session.retried(exc)
         raise exc
     try:
-        report_failure(session, exc)
+        report_failure(session, exc, hooks)
     except BaseException as reported:
         _keep(session, hooks, failure=reported)
         raise
 
 
-def report_failure(session: Execution, exc: BaseException) -> None:
+def report_failure(session: Execution, exc: BaseException, hooks: BackendHooks | None = None) -> None:
     """Deliver the failure, then raise it, unless it was the cancellation that was asked for."""
     if _is_cancellation(exc):
         if session.context.cancelled:
@@ -264,6 +271,8 @@ def report_failure(session: Execution, exc: BaseException) -> None:
         failure = TaskCancelledItself("the task raised CancelledError although nobody had cancelled it")
         failure.__cause__ = exc
         exc = failure
+    if hooks is not None:
+        hooks.ends(None, exc)
     session.fail(exc)
     raise exc
 

@@ -73,6 +73,8 @@ class Session:
         self.parked: bytes | None = None
         #: Nobody waits for the outcome, and the work was kept: the backend is to keep what it returns.
         self.unclaimed = False
+        #: Another worker is at the run: this one has nothing to do with it.
+        self.elsewhere = False
         self.on_cancel: Callable[[], None] | None = None
         #: Called when a frame waits to be sent; set by the courier.
         self.notify: Callable[[], None] | None = None
@@ -135,6 +137,7 @@ class Session:
         self._started = reply.status < 300
         if reply.status == 409:
             logger.info("run %s is not started: another worker is at it", self.assignment.run_id)
+            self.elsewhere = True
             return False
         if reply.status == 410:
             # Work that is kept when its submitter goes is not over because that has gone.
@@ -219,6 +222,10 @@ class Session:
         except BaseException as exc:
             self.fail(exc, source="worker")
             raise
+        self.deliver_result(described, attachments)
+
+    def deliver_result(self, described: Any, attachments: list[Buffer]) -> None:
+        """Deliver a result as :func:`wove.wire.encode_value` has described it."""
         size = sum(memoryview(part).nbytes for part in attachments)
         too_large = size + ENVELOPE_ALLOWANCE > (self.assignment.max_body or size + ENVELOPE_ALLOWANCE)
         if too_large or self._finish(frames.TASK_RESULT, attachments, result=described) == 413:
@@ -238,6 +245,10 @@ class Session:
             described = encode_exception(exc, attachments)
         except Exception:
             described, attachments = [], []
+        self.deliver_error(error, described, attachments)
+
+    def deliver_error(self, error: Mapping[str, Any], described: Any, attachments: list[Buffer]) -> None:
+        """Deliver an error as :func:`normalize_exception` and :func:`encode_exception` have described it."""
         if self._finish(frames.TASK_ERROR, attachments, error=error, exception=described) == 413:
             self._finish(frames.TASK_ERROR, [], error=error)
 
