@@ -45,6 +45,9 @@ class CeleryAdapter(BackendAdapter):
     ``executor_config``: ``app`` (a Celery app, or ``"proj.celery:app"``) or ``broker_url``;
     ``result_backend``, ``app_name``, ``task_name`` (``"wove.run"``), ``queue``,
     ``send_task_options`` (passed to ``send_task``), ``terminate_on_cancel``.
+
+    Equal ``delivery_idempotency_key`` share a run within one process only: a broker cannot be
+    asked whether it holds a message with some id, nor be made to refuse a second one.
     """
 
     required_modules = ("celery", "aiohttp", "cloudpickle", "msgpack")

@@ -386,18 +386,32 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         adapter, lane, lease = self._adapter, self._lane, self._lease
         if adapter is None or lane is None or lease is None:
             return
-        # First the worker: over its open beat it hears of it at once.
-        lease.cancel_run(run_id)
-        known = lease.find(run_id)
-        if known is not None and self._watch is not None:
-            self._watch.opened(known)  # to be forgotten, should nobody answer
         frame = {**frame, "started": lease.has_started(run_id)}
         submission = self._open.pop(run_id, None)
-        if frame["started"] and adapter.stops_running:
-            self._in_background(self._escalate(adapter, lane, frame, submission), "wove-escalate")
-        never_starts = await lane.call(
-            lambda: adapter.cancel(run_id, submission, frame), CONTROL_SECONDS, "cancel"
-        )
+        known = lease.find(run_id)
+        if submission is None and known is not None and adapter.is_shared(known.job):
+            submission = known.job  # a lost run: nobody waits for it, others may for its job
+
+        def tell_worker() -> None:
+            # Over its open beat it hears of it at once.
+            lease.cancel_run(run_id)
+            if known is not None and self._watch is not None:
+                self._watch.opened(known)  # to be forgotten, should nobody answer
+            if frame["started"] and adapter.stops_running:
+                self._in_background(self._escalate(adapter, lane, frame, submission), "wove-escalate")
+
+        # First the worker; but not when others may wait for its work: then the adapter knows.
+        asked_first = adapter.is_shared(submission)
+        if not asked_first:
+            tell_worker()
+        never_starts = False
+        try:
+            never_starts = await lane.call(
+                lambda: adapter.cancel(run_id, submission, frame), CONTROL_SECONDS, "cancel"
+            )
+        finally:
+            if asked_first and not never_starts:
+                tell_worker()
         if never_starts:
             lease.close_run(run_id)
             self._acknowledge_cancel(frame)
