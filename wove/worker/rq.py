@@ -69,15 +69,50 @@ def run(payload: bytes | str) -> Any:
         _run(payload)
         return None
     hooks = RqHooks(job)
-    retried = int(getattr(job, "number_of_retries", 0) or 0)
-    info = {"backend": "rq", "job": job.id, "rq_worker": getattr(job, "worker_name", None) or ""}
-    _run(payload, backend=info, redelivered=retried, hooks=hooks)
+    _run(payload, backend=_describe(job), redelivered=_retries(job), hooks=hooks)
     return hooks.passed
+
+
+def run_shared(payload: bytes | str) -> Any:
+    """Execute a payload for all who share the job, see :mod:`wove.worker.rq_sharing`.
+
+    Returns:
+        As :func:`run`.
+
+    Raises:
+        PayloadRejectedError: the payload is not signed with this worker's secret; nothing ran.
+        BaseException: what the user's function raised, so that RQ counts the job as failed.
+    """
+    from rq import get_current_job
+
+    from wove.worker.rq_sharing import SharedJob
+
+    job = get_current_job()
+    if job is None:  # called by hand
+        _run(payload)
+        return None
+    shared = SharedJob(job, payload, _describe(job))
+    shared.execute(redelivered=_retries(job))
+    return shared.passed
+
+
+def _describe(job: Any) -> dict[str, str]:
+    return {"backend": "rq", "job": job.id, "rq_worker": getattr(job, "worker_name", None) or ""}
+
+
+def _retries(job: Any) -> int:
+    return int(getattr(job, "number_of_retries", 0) or 0)
 
 
 def on_stopped(job: Any, connection: Any) -> None:
     """Report a job that was stopped on request; RQ calls this in the worker's parent process."""
     from wove.worker.parent import report_cancel
 
-    if job.args:
-        report_cancel(job.args[0], "rq")
+    if not job.args:
+        return
+    report_cancel(job.args[0], "rq")
+    if job.func_name == f"{__name__}.{run_shared.__name__}":
+        from wove.worker.rq_sharing import stopped
+
+        for payload in stopped(job):
+            report_cancel(payload, "rq")
