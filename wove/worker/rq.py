@@ -25,10 +25,13 @@ class RqHooks(BackendHooks):
     def runs_again(self, ending: Any) -> bool:
         """RQ's ``Retry``: of the job, for any exception, or returned by the task."""
         if isinstance(ending, BaseException):
-            return bool(self._job.should_retry)
+            # The first releases of RQ 2 have only the count.
+            return bool(getattr(self._job, "should_retry", self._job.retries_left))
         kind = type(ending)
         if kind.__name__ != "Retry" or not kind.__module__.startswith("rq."):
             return False
+        if not hasattr(self._job, "number_of_retries"):
+            return False  # a release to which that is a result like any other
         return bool((self._job.number_of_retries or 0) < ending.max)
 
     def park(self, outcome: bytes) -> None:
