@@ -1,0 +1,18 @@
+"""Workers that may be killed, shared by the fault tests; see wove_tests.crew."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from wove_tests.crew import Crew
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session")
+def crew(_no_process_left: None) -> Iterator[Crew]:
+    """Workers by name, started when they are first asked for, and again when a test has killed them."""
+    with Crew() as running:
+        yield running
