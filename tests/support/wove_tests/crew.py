@@ -1,7 +1,7 @@
 """Workers that a test may kill, and calls that tell what was executed.
 
-Each worker has a database and a queue of its own in a Redis server of its own. It is started when it is
-first asked for; one that a test has killed is replaced when it is asked for again.
+Each worker has a queue of its own, and in Redis a database, on brokers that only the crew uses. It is started
+when it is first asked for; one that a test has killed is replaced when it is asked for again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from wove_tests import deeds
 from wove_tests.callbacks import child_environment
 from wove_tests.chaos.fleet import Slot
 from wove_tests.configured_celery import VARIABLE
+from wove_tests.rabbitmq import RabbitServer
 from wove_tests.waiting import until, until_states
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Post:
     env: dict[str, str] = field(default_factory=dict)
     #: Whether the fleet has a result backend that its submitter knows.
     results: bool = False
+    broker: str = "redis"
 
 
 _PREFORK = {"pool": "prefork", "concurrency": 2}
@@ -89,36 +91,52 @@ POSTS = {
 
 
 class Crew:
-    """Starts workers when they are asked for, and stops them all at the end."""
+    """Starts brokers and workers when they are asked for, and stops them all at the end.
 
-    def __init__(self, posts: Mapping[str, Post] = POSTS) -> None:
+    Args:
+        posts: the workers by name.
+        redis: the Redis server; one that keeps nothing unless it is given.
+        rabbitmq: the RabbitMQ server, where a worker needs one.
+    """
+
+    def __init__(
+        self,
+        posts: Mapping[str, Post] = POSTS,
+        redis: RedisServer | None = None,
+        rabbitmq: RabbitServer | None = None,
+    ) -> None:
         self._posts = posts
         self._numbers = {name: number for number, name in enumerate(posts)}
         self._stack = ExitStack()
-        self._redis = RedisServer(extra_args=("--databases", "32"))
+        self._redis = redis or RedisServer()
+        self._rabbitmq = rabbitmq
+        self._brokers: dict[str, RedisServer | RabbitServer] = {}
         self._slots: dict[str, Slot] = {}
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(self._redis)
-        self._stack.callback(self._stop_workers)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._stack.close()
-
-    def _stop_workers(self) -> None:
         for slot in self._slots.values():
             # They are private, and nothing in them is worth an orderly shutdown.
             slot.worker.stop(0.0)
+        self._stack.close()
 
-    @property
-    def broker_port(self) -> int:
-        """The port of the Redis server that all of them use."""
-        return self._redis.port
+    def broker(self, name: str) -> RedisServer | RabbitServer:
+        """Return the broker of a worker."""
+        kind = self._posts[name].broker
+        if kind not in self._brokers:
+            server = self._redis if kind == "redis" else self._rabbitmq
+            assert server is not None
+            self._brokers[kind] = self._stack.enter_context(server)
+        return self._brokers[kind]
 
     def url(self, name: str, port: int | None = None) -> str:
-        """Return the URL of a worker's database; by another port, of a proxy."""
-        return f"redis://127.0.0.1:{port or self._redis.port}/{self._numbers[name]}"
+        """Return the URL of a worker's broker; by another port, of a proxy."""
+        broker = self.broker(name)
+        if isinstance(broker, RabbitServer):
+            return broker.url
+        return f"redis://127.0.0.1:{port or broker.port}/{self._numbers[name]}"
 
     def slot(self, name: str) -> Slot:
         """Return the place of a worker, which runs."""
