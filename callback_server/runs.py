@@ -141,8 +141,12 @@ class OpenRun:
     def execution(self, name: str, attempt: int) -> Execution | None:
         """Return the execution of that name, new or known; None when there are too many."""
         execution = self.executions.get(name)
-        if execution is None and len(self.executions) < MAX_EXECUTIONS:
-            execution = self.executions[name] = Execution(attempt)
+        if execution is None:
+            if len(self.executions) >= MAX_EXECUTIONS:
+                for past in [key for key, known in list(self.executions.items()) if known.over]:
+                    del self.executions[past]
+            if len(self.executions) < MAX_EXECUTIONS:
+                execution = self.executions[name] = Execution(attempt)
         return execution
 
     def renew(self, attempt: int, message: list[Buffer] | None) -> None:
@@ -217,6 +221,10 @@ class OpenRuns:
                     self._ended.popitem(last=False)
             _wake(run)
         return run
+
+    def wake(self, run: OpenRun) -> None:
+        """Let the beats that are held for a run look at it again."""
+        _wake(run)
 
     def forgive(self) -> None:
         """Nobody could be heard for a while: that silence is not the workers'."""

@@ -133,6 +133,10 @@ class CallbackListener:
         """Take no more events for these runs; ``ended`` tells whether they are over."""
         self._call(lambda: [self.runs.close(run_id, ended=ended) for run_id in run_ids])
 
+    def wake_run(self, run: OpenRun) -> None:
+        """Let the run's workers hear that another attempt has begun."""
+        self._call(self.runs.wake, run)
+
     def cancel_run(self, run_id: str) -> None:
         """Tell the run's worker to stop."""
         self._call(self.runs.cancel, run_id)

@@ -314,6 +314,7 @@ class Dispatcher:
             ) from self._broken
 
     async def _submit(self, run: Run, frame: Frame) -> None:
+        attempt = frame["delivery"]["attempt"]
         try:
             await self.executor.send(frame)
         except asyncio.CancelledError as exc:
@@ -321,13 +322,12 @@ class Dispatcher:
                 raise
             error = SubmitError(f"the executor of environment {self.name!r} cancelled its own send()")
             error.__cause__ = exc
-            self._follow(self.table.fail(run.run_id, error))
-        except SubmitError as exc:
-            self._follow(self.table.refuse(run.run_id, exc))
+            self._follow(self.table.refuse(run.run_id, error, attempt, final=True))
         except Exception as exc:
-            self._follow(self.table.fail(run.run_id, exc))
+            final = not isinstance(exc, SubmitError)
+            self._follow(self.table.refuse(run.run_id, exc, attempt, final=final))
         else:
-            self.table.submitted(run.run_id, frame["delivery"]["attempt"])
+            self.table.submitted(run.run_id, attempt)
             if self._silence is None:
                 self._silence = self._loop.call_later(SILENCE_SECONDS, self._warn_of_silence)
 

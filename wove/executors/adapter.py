@@ -238,6 +238,9 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         for waiting, result in zip(batch, results, strict=True):
             run_id = waiting.frame["run_id"]
             refused = isinstance(result, BaseException)
+            if refused and self._lease is not None and self._lease.has_started(run_id):
+                # Only the backend's answer was lost: a worker has it.
+                refused, result = False, None
             # A run that is submitted again keeps its place, and what is said of this attempt is known.
             if refused and self._lease is not None and not waiting.frame["delivery"].get("again"):
                 self._lease.close_run(run_id)
@@ -339,7 +342,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         known = lease.find(frame["run_id"])
         # Before it is submitted: a fast worker may report before the broker has answered us.
         if known is not None:
-            known.renew(attempt, built.message)
+            lease.renew_run(known, attempt, built.message)
         else:
             known = OpenRun(
                 run_id=frame["run_id"],

@@ -17,7 +17,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 from wove import frames
-from wove.errors import lost, safe_text
+from wove.errors import WoveError, lost, safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -98,7 +98,7 @@ class Verdict(Protocol):
 class _Look:
     """What was found out about one attempt of a run so far."""
 
-    __slots__ = ("attempt", "busy", "count", "next_at", "over")
+    __slots__ = ("attempt", "busy", "count", "last_contact", "next_at", "over")
 
     def __init__(self, attempt: int) -> None:
         self.attempt = attempt
@@ -107,6 +107,8 @@ class _Look:
         #: How often in a row the backend said that it is over.
         self.over = 0
         self.busy = False
+        #: When the worker had last spoken, as far as the words of the backend are concerned.
+        self.last_contact = 0.0
 
 
 class Watch:
@@ -193,7 +195,11 @@ class Watch:
         due: dict[str, WatchedRun] = {}
         while self._agenda and self._agenda[0][0] <= now:
             _, _, run = heapq.heappop(self._agenda)
-            due_at = self._due_at(run, now)
+            try:
+                due_at = self._due_at(run, now)
+            except Exception:
+                logger.exception("environment %r: looking at run %s failed", self._environment, run.run_id)
+                due_at = now + TICK
             if due_at is None or run.run_id in due:
                 continue
             if due_at > now:
@@ -233,32 +239,35 @@ class Watch:
         return max(first, look.next_at) if look is not None else first
 
     def _ask(self, runs: list[WatchedRun]) -> None:
+        looks = []
         for run in runs:
-            self._looks.setdefault(run.run_id, _Look(run.attempt)).busy = True
-        task = self._loop.create_task(self._examine(runs), name="wove-examine")
+            look = self._looks.setdefault(run.run_id, _Look(run.attempt))
+            look.busy = True
+            looks.append((run, look))
+        task = self._loop.create_task(self._examine(looks), name="wove-examine")
         self._questions.add(task)
         task.add_done_callback(self._questions.discard)
 
-    async def _examine(self, runs: list[WatchedRun]) -> None:
-        began = time.monotonic()
-        jobs = {run.run_id: run.job for run in runs}
+    async def _examine(self, looks: list[tuple[WatchedRun, _Look]]) -> None:
+        jobs = {run.run_id: run.job for run, _ in looks}
+        asked_at = time.monotonic()
         try:
             states = await self._probe(list(jobs.values()))
         except Exception as exc:
             logger.info(
                 "environment %r: the backend did not say what it knows of %d runs: %s",
-                self._environment, len(runs), safe_text(exc, 300),
+                self._environment, len(looks), safe_text(exc, 300),
             )  # fmt: skip
             states = {}
-        latest = max((run.suspect_since or 0.0 for run in runs), default=0.0)
+        latest = max((run.suspect_since or 0.0 for run, _ in looks), default=0.0)
         if latest:
             await asyncio.sleep(latest + GRACE - time.monotonic())
-        for run in runs:
-            look = self._looks.get(run.run_id)
-            if look is not None and look.attempt == run.attempt and not run.closed:
+        for run, look in looks:
+            # Another attempt, with a look of its own, may have begun while the backend was asked.
+            if self._looks.get(run.run_id) is look and look.attempt == run.attempt and not run.closed:
                 look.busy = False
                 try:
-                    await self._judge(run, look, states.get(jobs[run.run_id]), began)
+                    await self._judge(run, look, states.get(jobs[run.run_id]), asked_at)
                 except Exception:
                     logger.exception("environment %r: examining run %s failed", self._environment, run.run_id)
             # Whatever was found: when it is due next, the agenda finds out.
@@ -267,18 +276,21 @@ class Watch:
 
     # --- one run -------------------------------------------------------------------
 
-    async def _judge(self, run: WatchedRun, look: _Look, state: Verdict | None, began: float) -> None:
+    async def _judge(self, run: WatchedRun, look: _Look, state: Verdict | None, asked_at: float) -> None:
         look.count += 1
         now = time.monotonic()
         pauses = AGAIN if run.started else UNSTARTED[1:]
         look.next_at = now + pauses[min(look.count, len(pauses)) - 1]
-        if run.started and run.suspect_since is None and run.last_contact > began:
-            self._looks.pop(run.run_id, None)  # it has spoken meanwhile
+        if run.started and run.last_contact > asked_at:
+            # It has spoken meanwhile: what the backend said before is void.
+            self._looks.pop(run.run_id, None)
             return
+        if run.last_contact > look.last_contact:
+            look.over = 0
+            look.last_contact = run.last_contact
         if state is None:
             return
-        if state.outcome is not None:
-            await self._take_parked(run.run_id, state.outcome)
+        if state.outcome is not None and await self._collect(run, state.outcome):
             look.next_at = now + UNSTARTED[-1]
             return
         if state.state in _OVER:
@@ -297,6 +309,17 @@ class Watch:
             word = f"the backend runs it again: {state.detail}"
             run.sink([run.event(frames.TASK_RETRY, error={**lost(word), "kind": "Requeued"})])
             run.forsake()
+
+    async def _collect(self, run: WatchedRun, outcome: bytes) -> bool:
+        """Take an outcome in that a worker has left; tell whether it was one."""
+        try:
+            await self._take_parked(run.run_id, outcome)
+        except WoveError as exc:
+            logger.warning(
+                "environment %r: an outcome left for run %s: %s", self._environment, run.run_id, exc
+            )
+            return False
+        return True
 
     def _lose(self, run: WatchedRun, word: str) -> None:
         run.forsake()
