@@ -12,7 +12,9 @@ import os
 import signal
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from redis import Redis
 
 from wove.demo.processes import CeleryWorker, ManagedProcess, RedisServer, RqWorker
 from wove_tests import deeds
@@ -166,6 +168,13 @@ class Crew:
             **post.options,
         )
 
+    def idle(self, name: str) -> bool:
+        """Whether nothing waits in a worker's queue, in Redis, nor is in its hands and not begun."""
+        with Redis.from_url(self.url(name)) as client:
+            if self._posts[name].executor == "rq":
+                return not client.llen(f"rq:queue:{name}") and not client.zcard(f"rq:wip:{name}")
+            return not client.llen(name) and not client.hlen("unacked")
+
     def definition(self, name: str, *, port: int | None = None, **changes: Any) -> dict[str, Any]:
         """Return the environment definition of a worker, which runs; ``executor_config`` is merged.
 
@@ -187,6 +196,9 @@ class Crew:
 class Job:
     """One call whose executions are noted; :func:`deeds.hold` unless another function is given."""
 
+    #: What a test has begun and may not have ended, should it fail: workers are shared.
+    begun_here: ClassVar[list[Job]] = []
+
     def __init__(
         self,
         handle: EnvironmentHandle,
@@ -202,6 +214,7 @@ class Job:
         self.call = asyncio.create_task(
             handle.run(func or deeds.hold, str(self.log), *arguments), name=f"call-{name}"
         )
+        self.begun_here.append(self)
 
     @property
     def executions(self) -> list[deeds.Line]:

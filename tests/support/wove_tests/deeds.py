@@ -229,3 +229,27 @@ def die_once(job: Any, connection: Any, result: Any) -> None:
     """RQ's ``on_success`` of a job: its outcome was delivered, and RQ does not know yet."""
     if connection.set(f"died:{job.id}", "1", nx=True, ex=60):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+# --- attempts ----------------------------------------------------------------------
+
+
+def hold_attempt(log: str, folder: str) -> str:
+    """Go on until this attempt is released, and end as it is told then; blind to cancellation."""
+    note(log, "start")
+    attempt = current().attempt
+    path = Path(folder, f"attempt{attempt}")
+    wait_for_file(str(path))
+    note(log, "end")
+    if path.read_text() == "error":
+        raise LookupError(f"attempt {attempt}")
+    return f"attempt {attempt}"
+
+
+def release_attempt(folder: Path, attempt: int, how: str = "") -> None:
+    """Let an attempt end, once: with a result, or with an ``error``."""
+    path = folder / f"attempt{attempt}"
+    if not path.exists():
+        part = path.with_suffix(".part")
+        part.write_text(how)
+        part.rename(path)
