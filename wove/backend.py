@@ -86,7 +86,7 @@ def build_payload(
     }
     call = {
         "callable": encode_callable(frame["callable"], attachments),
-        "args": _encode_arguments(list(frame.get("positional", ())), dict(frame["args"]), attachments),
+        "args": encode_arguments(list(frame.get("positional", ())), dict(frame["args"]), attachments),
     }
     # Work that may outlive its submitter has to have everything with it.
     if delivery.get("keep") or sum(memoryview(part).nbytes for part in attachments) < FETCH_FROM:
@@ -101,9 +101,12 @@ def build_payload(
     return BuiltPayload(seal_payload(ring, environment, message), nonce, large)
 
 
-def _encode_arguments(
-    positional: list[Any], keywords: dict[str, Any], attachments: list[Buffer]
-) -> list[Any]:
+def encode_arguments(positional: list[Any], keywords: dict[str, Any], attachments: list[Buffer]) -> list[Any]:
+    """Encode arguments as one value.
+
+    Raises:
+        EncodeError: one of them cannot be sent; names it.
+    """
     try:
         return encode_value([positional, keywords], attachments)
     except EncodeError:

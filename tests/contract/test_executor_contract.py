@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from wove_tests import main_program, tasks
-from wove_tests.fleets import FLEETS, fleet_params
+from wove_tests.fleets import CONTRACT_FLEETS, FLEETS, SERVICE_SLOTS, fleet_params
 from wove_tests.waiting import until, until_exists, until_states
 
 from wove import (
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from wove.handle import EnvironmentHandle
 
+#: Worker services, and the processes that the stdio executor starts itself.
+SERVICES = tuple(name for name in CONTRACT_FLEETS if FLEETS[name].service or FLEETS[name].executor == "stdio")
 #: How many tasks each fleet runs at once; local and memory are told so.
 SLOTS = {
     "local": 2,
@@ -46,10 +48,13 @@ SLOTS = {
     "celery-rabbitmq-prefork": 2,
     "rq-worker": 1,
     "rq-simple": 1,
+    **dict.fromkeys(SERVICES, SERVICE_SLOTS),
 }
 #: Fleets whose backend notices that a task's process has died.
-TELLS_OF_DEATH = ("celery-redis-prefork", "celery-rabbitmq-prefork", "rq-worker")
+TELLS_OF_DEATH = ("celery-redis-prefork", "celery-rabbitmq-prefork", "rq-worker", *SERVICES)
 OUT_OF_PROCESS = tuple(name for name in SLOTS if name not in ("local", "memory"))
+#: Those whose worker has a log of its own.
+WITH_A_LOG = tuple(name for name in OUT_OF_PROCESS if FLEETS[name].executor != "stdio")
 
 
 @pytest.fixture(params=fleet_params())
@@ -61,7 +66,7 @@ def fleet(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def definition(fleet: str, fleets: Fleets) -> dict[str, Any]:
     """Its environment definition."""
-    if FLEETS[fleet].broker is None:
+    if fleet in ("local", "memory"):
         return fleets.executor_definition(fleet, executor_config={"threads": SLOTS[fleet]})
     return fleets.executor_definition(fleet)
 
@@ -174,7 +179,8 @@ class TestErrors:
             note = caught.value.__notes__[-1]
             assert "wove_tests.tasks.fail_builtin" in note
             assert "attempt 1" in note
-            assert f"{FLEETS[fleet].executor} job " in note
+            if FLEETS[fleet].broker:
+                assert f"{FLEETS[fleet].executor} job " in note
 
     async def test_custom_with_two_required_arguments(self, handle: EnvironmentHandle) -> None:
         with pytest.raises(tasks.TwoArguments) as caught:
@@ -269,7 +275,10 @@ class TestDelivery:
             blockers.append(asyncio.create_task(handle.run(tasks.touch_and_wait, str(started), str(release))))
             await until_exists(started)
         await until_states(handle, *["started"] * SLOTS[fleet])
-        queued = asyncio.create_task(handle.run(tasks.touch, str(never)))
+        # A worker that does not ask for leave to start is told by a cancellation that takes a moment to arrive.
+        mode = "require_ack" if fleet in SERVICES else "best_effort"
+        cancelled = handle.options(delivery_cancel_mode=mode)
+        queued = asyncio.create_task(cancelled.run(tasks.touch, str(never)))
         await until_states(handle, *["started"] * SLOTS[fleet], "submitted")
         # A worker asks for leave to start what is older than a moment.
         submitted = time.monotonic()
@@ -306,7 +315,7 @@ class TestDelivery:
 
     async def test_two_runtimes_share_a_fixed_port(self, definition: dict[str, Any], fleet: str) -> None:
         config = dict(definition.get("executor_config", {}))
-        if fleet != "local":
+        if fleet == "memory" or FLEETS[fleet].broker:
             config["callback_port"] = free_port()
         shared = {**definition, "executor_config": config}
         async with ExecutorRuntime({"one": shared}) as first:
@@ -319,7 +328,7 @@ class TestDelivery:
             assert await first["one"].run(tasks.double, 3) == 6
 
 
-@pytest.mark.parametrize("fleet", fleet_params(*OUT_OF_PROCESS))
+@pytest.mark.parametrize("fleet", fleet_params(*WITH_A_LOG))
 async def test_the_worker_shows_the_users_function(
     handle: EnvironmentHandle, fleet: str, fleets: Fleets
 ) -> None:

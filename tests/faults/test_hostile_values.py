@@ -12,15 +12,17 @@ from wove import EncodeError, EnvironmentExecutionError, ExecutorRuntime
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from wove_tests.fleets import Fleets
+
     from wove.handle import EnvironmentHandle
 
 
-@pytest.fixture
-async def handle() -> AsyncIterator[EnvironmentHandle]:
-    """Everything real but the broker."""
-    definition = {"executor": "memory", "delivery_timeout": 30}
-    async with ExecutorRuntime({"memory": definition}) as runtime:
-        yield runtime["memory"]
+@pytest.fixture(params=["memory", "stdio-1", "http", "grpc", "websocket"])
+async def handle(request: pytest.FixtureRequest, fleets: Fleets) -> AsyncIterator[EnvironmentHandle]:
+    """Everything real but the broker; and worker services."""
+    definition = fleets.executor_definition(request.param, delivery_timeout=30)
+    async with ExecutorRuntime({"fleet": definition}) as runtime:
+        yield runtime["fleet"]
 
 
 async def works(handle: EnvironmentHandle) -> None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 #: From the bottom up. A module may import what stands below it and what stands beside it.
 LAYERS = (
     {"errors", "frames", "plain_data", "threads"},
-    {"delivery", "policy", "remote_errors", "run_errors", "security", "wire"},
-    {"backend"},
+    {"delivery", "network_security", "policy", "remote_errors", "run_errors", "security", "wire"},
+    {"backend", "exchange"},
     # These four are siblings, which know nothing of each other.
     {"adapters", "callback_server", "executors", "worker"},
     {
@@ -34,23 +34,29 @@ LAYERS = (
         "handle",
         "runtime",
         "sharing",
+        "testing",
         "waiter",
     },
 )
 SIBLINGS = LAYERS[3]
 
-#: What a sibling may know of another: who runs a payload in its own process, and who brings two together.
+#: What a sibling may know of another: who runs a payload in its own process, who brings two together, and who
+#: guards a listener of its own as the callback server does.
 EXCEPTIONS = {
     "wove.adapters.memory": {"worker"},
     "wove.executors.local": {"worker"},
     "wove.executors.adapter": {"adapters", "callback_server"},
+    "wove.executors.stdio": {"worker"},
+    "wove.worker.services.http": {"callback_server"},
+    "wove.worker.services.listen": {"callback_server"},
 }
 
 #: Where a library may be imported with a module; everywhere else when it is needed, or not at all.
 THIRD_PARTIES = {
-    "aiohttp": ("wove.callback_server",),
+    "aiohttp": ("wove.callback_server", "wove.worker.services.http", "wove.worker.services.websocket"),
     "billiard": ("wove.worker.celery",),
     "celery": ("wove.worker.celery", "wove.demo.celery_app"),
+    "grpc": ("wove.worker.services.grpc",),
     "msgpack": ("wove.wire",),
     "rich": ("wove.demo",),
 }
@@ -171,8 +177,15 @@ def test_import_wove_imports_nothing() -> None:
     assert "asyncio" not in _at_once("wove")
 
 
-@pytest.mark.parametrize("module", [name for name in SOURCES if _part(name) == "worker"])
+#: Processes of their own, which start once and not for every job.
+SERVICES = "wove.worker.services"
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in SOURCES if _part(name) == "worker" and SERVICES not in name]
+)
 def test_a_worker_pays_for_little(module: str) -> None:
+    assert not {name for name in _at_once(module) if name.startswith(SERVICES)}
     allowed = {"celery"} if module == "wove.worker.celery" else set()
     found = {name.partition(".")[0] for name in _at_once(module)} & TOO_DEAR
     assert found <= allowed

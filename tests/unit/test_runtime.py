@@ -23,7 +23,6 @@ from wove.environment import (
     GrpcEnvironmentExecutor,
     HttpEnvironmentExecutor,
     LocalEnvironmentExecutor,
-    MissingDispatchFeatureError,
     StdioEnvironmentExecutor,
     WebSocketEnvironmentExecutor,
     WorkerLostError,
@@ -450,29 +449,6 @@ class TestStart:
         for _ in range(2):
             async with runtime:
                 assert await runtime["here"].run(abs, -1) == 1
-
-    @pytest.mark.parametrize(
-        "executor",
-        [
-            "stdio",
-            "http",
-            "https",
-            "grpc",
-            "websocket",
-            StdioEnvironmentExecutor(),
-            HttpEnvironmentExecutor(require_https=True),
-            GrpcEnvironmentExecutor(),
-            WebSocketEnvironmentExecutor(),
-        ],
-        ids=str,
-    )
-    async def test_a_transport_that_this_version_does_not_carry_says_so(self, executor: Any) -> None:
-        runtime = ExecutorRuntime({"there": {"executor": executor}})
-        with pytest.raises(
-            MissingDispatchFeatureError,
-            match=r"environment 'there': this version of Wove does not carry the \w+ executor; use local, celery",
-        ):
-            await runtime.start()
 
 
 class TestEnsureEnvironment:

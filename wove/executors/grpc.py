@@ -1,11 +1,331 @@
-"""The grpc executor."""
+"""The grpc executor: a generic method of a worker service, no generated code."""
 
 from __future__ import annotations
 
-from wove.executors.unavailable import UnavailableExecutor
+import asyncio
+import os
+import re
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from wove.errors import ConfigurationError, MissingDispatchFeatureError
+from wove.executors.network import IN_THREAD_FROM, SILENCE_SECONDS, NetworkExecutor, Request, refused
+from wove.executors.policy import check_policy, client_tls, is_loopback, read_headers, read_pem
+from wove.executors.settings import seconds
+from wove.network_security import NetworkSecurityError, Seal
+from wove.threads import in_thread
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping
+    from types import ModuleType
+
+    from grpc.aio import Channel
+
+DEFAULT_METHOD = "/wove.network_executor.WorkerService/Send"
+#: Seconds between two questions whether a connection with open calls still stands.
+KEEP_ALIVE = 30.0
+_METHOD = re.compile(r"/[\w.]+/\w+")
+_NAME = re.compile(r"[a-z0-9_.-]+")
 
 
-class GrpcEnvironmentExecutor(UnavailableExecutor):
-    """Reserved for the grpc transport, which this version does not carry."""
+class GrpcEnvironmentExecutor(NetworkExecutor):
+    """Sends tasks to a worker service over gRPC; events come back as they happen.
+
+    A service whose method is unary answers with all events at once, which works as well.
+
+    ``executor_config``: ``target`` (``"host:port"``, ``"unix:/path"``), ``method``
+    (``/wove.network_executor.WorkerService/Send``), ``metadata`` (a mapping), ``secure`` (TLS),
+    ``root_certificates``, ``client_certificate``, ``client_key`` (paths of PEM files), ``security``, ``timeout``
+    (seconds to connect, to get an answer, and of silence: 30), ``keep_alive`` (seconds, 30), ``max_message``
+    (largest result in bytes: 256 MiB), ``insecure``.
+    """
 
     transport = "grpc"
+    config_keys: ClassVar[tuple[str, ...]] = (
+        "client_certificate", "client_key", "keep_alive", "metadata", "method", "root_certificates", "secure",
+        "target",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: Any = None
+        self._urgent: Any = None
+        self._channels: list[Channel] = []
+
+    @property
+    def where(self) -> str:
+        """The service's address."""
+        return self._target
+
+    async def open(self, config: Mapping[str, Any]) -> None:
+        """Check the settings; see :meth:`NetworkExecutor.open`."""
+        self._target, local = _read_target(config)
+        self._method = _read_method(config)
+        self._metadata = _read_metadata(config)
+        secure = config.get("secure", False)
+        if type(secure) is not bool:
+            raise ConfigurationError(f'executor_config["secure"] is True (TLS) or False; got {secure!r}')
+        given = [key for key in ("root_certificates", "client_certificate", "client_key") if config.get(key)]
+        if given and not secure:
+            raise ConfigurationError(f'executor_config["{given[0]}"] is of no use without "secure": True')
+        check_policy(config, self.security, where=self._target, secure=secure, local=local)
+        self._grpc = _require_grpc()
+        credentials = await in_thread(self._credentials, config) if secure else None
+        keep_alive = seconds(config, "keep_alive", KEEP_ALIVE)
+        # Cancellations have a connection of their own: they never wait behind calls that hang.
+        self._loop_of_calls = await in_thread(loop_of_calls)
+
+        async def connect() -> None:
+            self._calls = self._new_channel(credentials, keep_alive)
+            self._urgent = self._new_channel(credentials, keep_alive)
+
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(connect(), self._loop_of_calls))
+
+    def _credentials(self, config: Mapping[str, Any]) -> Any:
+        client_tls(config)  # what is no certificate is said in our words
+        roots, chain, key = (
+            read_pem(config, name) for name in ("root_certificates", "client_certificate", "client_key")
+        )
+        return self._grpc.ssl_channel_credentials(roots, key if key is not None else chain, chain)
+
+    def _new_channel(self, credentials: Any, keep_alive: float) -> Any:
+        options = (
+            ("grpc.max_receive_message_length", self.max_message),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_time_ms", int(keep_alive * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self.timeout * 1000)),
+            # A connection of its own, and no proxy from the environment.
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),
+            # A service that comes back is found soon.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2_000),
+        )
+        aio = self._grpc.aio
+        if credentials is None:
+            channel = aio.insecure_channel(self._target, options=options)
+        else:
+            channel = aio.secure_channel(self._target, credentials, options=options)
+        self._channels.append(channel)
+        return channel.unary_stream(self._method)
+
+    async def close(self) -> None:
+        """Close the connections; see :meth:`NetworkExecutor.close`."""
+        channels, self._channels = self._channels, []
+        self._calls = self._urgent = None
+        for channel in channels:
+            await asyncio.wrap_future(
+                asyncio.run_coroutine_threadsafe(channel.close(None), self._loop_of_calls)
+            )
+
+    async def exchange(self, request: Request, *, urgent: bool) -> AsyncGenerator[bytes, None]:
+        """Send a request; see :meth:`NetworkExecutor.exchange`."""
+        size = request.size
+        body = await in_thread(b"".join, request.body) if size > IN_THREAD_FROM else b"".join(request.body)
+        answer = Pipe()
+        conversation = asyncio.run_coroutine_threadsafe(
+            self._converse(body, request.patience(self.timeout), answer, urgent=urgent), self._loop_of_calls
+        )
+        del body
+        try:
+            while (item := await answer.get()) is not None:
+                if isinstance(item, Seal):
+                    request.seal = item
+                    request.accept()
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    yield item
+        finally:
+            conversation.cancel()
+
+    # --- in the loop of all calls -------------------------------------------------
+
+    async def _converse(self, body: bytes, patience: float, answer: Pipe, *, urgent: bool) -> None:
+        """Make the call and pass on what comes back: a seal, chunks, perhaps an error, None at the end."""
+        aio = self._grpc.aio
+        try:
+            call = await self._call(body, patience, answer, urgent=urgent)
+            try:
+                silence = max(self.timeout, SILENCE_SECONDS)
+                while (chunk := await self._within(silence, call.read())) is not aio.EOF:
+                    answer.put(chunk)
+                if await call.code() is not self._grpc.StatusCode.OK:
+                    raise ConnectionError(f"{(await call.code()).name}: {await call.details()}")
+            finally:
+                call.cancel()
+        except aio.AioRpcError as exc:
+            answer.put(ConnectionError(f"{exc.code().name}: {exc.details()}"))
+        except Exception as exc:
+            answer.put(exc)
+        finally:
+            answer.put(None)
+
+    async def _call(self, body: bytes, patience: float, answer: Pipe, *, urgent: bool) -> Any:
+        """Return the call when it was answered; it is made again where the service's clock is another."""
+        send = self._urgent if urgent else self._calls
+        if send is None:
+            raise RuntimeError("the grpc executor is not started")
+        for attempt in range(3):
+            signed = await self._sign(body)
+            call = send(body, metadata=(*self._metadata, ("wove-host", self._target), *signed))
+            try:
+                problem = await self._answered(call, patience, dict(signed), learn=attempt == 0)
+            except BaseException:
+                call.cancel()
+                raise
+            if problem is None:
+                answer.put(Seal(self.security.answer_key(dict(signed)), "answer"))
+                return call
+            if isinstance(problem, Exception):
+                raise problem
+        raise ConnectionError("it answered that the request's clock is wrong")
+
+    async def _answered(
+        self, call: Any, patience: float, signed: dict[str, str], *, learn: bool
+    ) -> Exception | str | None:
+        """Wait for the answer's head; return None, an error, or that the request is to be sent again."""
+        try:
+            await self._within(patience, call.initial_metadata())
+            if not call.done():
+                return None
+            code, details = await call.code(), await call.details()
+            trailing = await call.trailing_metadata()
+        except self._grpc.aio.AioRpcError as exc:
+            code, details, trailing = exc.code(), exc.details(), exc.trailing_metadata()
+        codes = self._grpc.StatusCode
+        if code is codes.OK:
+            return None
+        if code is codes.UNAUTHENTICATED:
+            told = {str(name): str(value) for name, value in trailing or ()}
+            if learn and self.security.learn_clock(signed, told):
+                return "again"
+            return NetworkSecurityError(
+                f"it does not accept this side's credentials ({self.security.source}): give both sides the same secret; "
+                "the service's log says what is wrong"
+            )
+        if code in (codes.UNIMPLEMENTED, codes.INVALID_ARGUMENT, codes.RESOURCE_EXHAUSTED):
+            return refused(code.name, str(details), trusted=True)
+        return ConnectionError(f"{code.name}: {details}")
+
+    async def _sign(self, body: bytes) -> tuple[tuple[str, str], ...]:
+        def sign() -> tuple[tuple[str, str], ...]:
+            return self.security.metadata_for(host=self._target, target=self._method, body=body)
+
+        if len(body) < IN_THREAD_FROM:
+            return sign()
+        signed: tuple[tuple[str, str], ...] = await in_thread(sign)
+        return signed
+
+    async def _within(self, limit: float, work: Any) -> Any:
+        try:
+            async with asyncio.timeout(limit):
+                return await work
+        except TimeoutError:
+            raise ConnectionError(
+                f'nothing came from it for {limit:g} s (executor_config["timeout"])'
+            ) from None
+
+
+class Pipe:
+    """Carries what a call yields from the loop of calls to the loop that it was made in."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._items: deque[Any] = deque()
+        self._ready = asyncio.Event()
+
+    def put(self, item: Any) -> None:
+        """Hand an item over, from any thread."""
+        self._items.append(item)
+        try:
+            self._loop.call_soon_threadsafe(self._ready.set)
+        except RuntimeError:
+            pass  # that loop has ended, and whoever waited with it
+
+    async def get(self) -> Any:
+        """Return the next item, waiting for it."""
+        while not self._items:
+            self._ready.clear()
+            if not self._items:  # another thread may have put one meanwhile
+                await self._ready.wait()
+        return self._items.popleft()
+
+
+_loops: dict[int, asyncio.AbstractEventLoop] = {}
+_loops_lock = threading.Lock()
+
+
+def loop_of_calls() -> asyncio.AbstractEventLoop:
+    """Return this process's event loop for gRPC, in a thread of its own.
+
+    grpcio polls once per process for all event loops; one that ends while it is still polled for makes it
+    stumble. This one never ends.
+    """
+    with _loops_lock:
+        loop = _loops.get(os.getpid())
+        if loop is None:
+            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            threading.Thread(target=_run_for_ever, args=(loop,), name="wove-grpc", daemon=True).start()
+        return loop
+
+
+def _run_for_ever(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
+
+
+def _require_grpc() -> ModuleType:
+    try:
+        import grpc
+        import grpc.aio
+    except ImportError:
+        raise MissingDispatchFeatureError(
+            'The grpc executor needs grpcio: pip install "wove[grpc]"'
+        ) from None
+    return grpc
+
+
+def _read_target(config: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return the target, and whether it is literally this machine."""
+    target = config.get("target")
+    if target is None:
+        raise ConfigurationError(
+            'executor_config["target"] is missing: the grpc executor needs it, as in {"target": "127.0.0.1:8300"}'
+        )
+    if (
+        not isinstance(target, str)
+        or not target
+        or "//" in target.removeprefix("dns:///").removeprefix("unix://")
+    ):
+        raise ConfigurationError(
+            f'executor_config["target"] is "host:port" or "unix:/path", without http://; got {target!r:.200}'
+        )
+    if target.startswith(("unix:", "unix-abstract:")):
+        return target, True
+    address = target.removeprefix("dns:///").removeprefix("dns:").removeprefix("ipv4:").removeprefix("ipv6:")
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or not host:
+        raise ConfigurationError(
+            f'executor_config["target"] needs a port, as in "127.0.0.1:8300"; got {target!r:.200}'
+        )
+    return target, is_loopback(host.strip("[]"))
+
+
+def _read_method(config: Mapping[str, Any]) -> str:
+    method = config.get("method", DEFAULT_METHOD)
+    if not isinstance(method, str) or not _METHOD.fullmatch(method):
+        raise ConfigurationError(f'executor_config["method"] is /package.Service/Method; got {method!r:.200}')
+    return method
+
+
+def _read_metadata(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    metadata = read_headers(config, "metadata")
+    for name in metadata:
+        if not _NAME.fullmatch(name) or name.startswith("grpc-") or name.endswith("-bin"):
+            raise ConfigurationError(
+                f'executor_config["metadata"]: {name!r} is no name of gRPC metadata (lower case, no "grpc-" before it and '
+                'no "-bin" behind it)'
+            )
+    return tuple(metadata.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from wove.errors import PayloadRejectedError
 from wove.worker.assignment import Assignment, FetchFailed, NotWanted
@@ -14,6 +14,8 @@ from wove.worker.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from wove.worker.context import RunContext
 
 logger = logging.getLogger("wove.worker")
 
@@ -56,7 +58,7 @@ def run(
         return False
     # Until the outcome is delivered: loading and encoding may take long as well.
     with courier_for(session.assignment.origin).caring_for(session):
-        call = _load(session)
+        call = load_call(session)
         if call is None:
             return False
         try:
@@ -91,18 +93,18 @@ async def arun(
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
         return False
     with courier_for(session.assignment.origin).caring_for(session):
-        call = await _in_thread(_load, session)
+        call = await _in_thread(load_call, session)
         if call is None:
             return False
         try:
             with bind(session.context):
                 if asyncio.iscoroutinefunction(call.func):
-                    result = await _supervise(call(), session)
+                    result = await supervise(call(), session)
                 else:
                     scope = contextvars.copy_context()
                     result = await _in_thread(scope.run, call)
                     if hasattr(result, "__await__"):
-                        result = await _supervise(result, session)
+                        result = await supervise(result, session)
         except BaseException as exc:
             host = asyncio.current_task()
             if host is not None and host.cancelling() and not session.context.cancelled:
@@ -142,6 +144,41 @@ def _open(payload: bytes | str, backend: Mapping[str, Any] | None) -> Session:
     return Session(assignment, backend)
 
 
+class Job(Protocol):
+    """What is to be called; an :class:`Assignment` is one."""
+
+    task_id: str
+
+    def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """Return the callable, its positional and its keyword arguments."""
+        ...
+
+
+class Execution(Protocol):
+    """One execution and where its outcome goes; a :class:`Session` is one."""
+
+    context: RunContext
+    on_cancel: Callable[[], None] | None
+    worker: dict[str, Any]
+
+    @property
+    def assignment(self) -> Job:
+        """What is to be called."""
+        ...
+
+    def fail(self, exc: BaseException, *, source: str = "task") -> None:
+        """Deliver an error."""
+        ...
+
+    def acknowledge_cancel(self) -> None:
+        """Deliver that the task was cancelled."""
+        ...
+
+    def lost(self, message: str) -> None:
+        """Deliver that nothing of it ran: the delivery failed, and not the task."""
+        ...
+
+
 class _Call:
     """The user's function with its arguments."""
 
@@ -156,7 +193,7 @@ class _Call:
         return self.func(*self._args, **self._kwargs)
 
 
-def _load(session: Session) -> _Call | None:
+def load_call(session: Execution) -> _Call | None:
     """Return the call, or None for a run that is not wanted any more."""
     try:
         return _Call(*session.assignment.load())
@@ -201,10 +238,19 @@ def _keep(
 
 
 def _report_failure(session: Session, exc: BaseException, hooks: BackendHooks) -> None:
-    """Deliver the failure, then raise it, unless it was the cancellation that was asked for."""
+    """As :func:`report_failure`, unless the backend will run the payload again; keep it if nobody takes it."""
     if hooks.runs_again(exc):
         session.retried(exc)
         raise exc
+    try:
+        report_failure(session, exc)
+    except BaseException as failure:
+        _keep(session, hooks, failure=failure)
+        raise
+
+
+def report_failure(session: Execution, exc: BaseException) -> None:
+    """Deliver the failure, then raise it, unless it was the cancellation that was asked for."""
     if _is_cancellation(exc):
         if session.context.cancelled:
             session.acknowledge_cancel()
@@ -213,7 +259,6 @@ def _report_failure(session: Session, exc: BaseException, hooks: BackendHooks) -
         failure.__cause__ = exc
         exc = failure
     session.fail(exc)
-    _keep(session, hooks, failure=exc)
     raise exc
 
 
@@ -233,7 +278,7 @@ def _drive(awaitable: Any, session: Session) -> Any:
 
     def on_own_loop() -> Any:
         with asyncio.Runner() as runner:
-            return runner.run(_supervise(awaitable, session))
+            return runner.run(supervise(awaitable, session))
 
     try:
         asyncio.get_running_loop()
@@ -258,7 +303,7 @@ def _drive(awaitable: Any, session: Session) -> Any:
     return result
 
 
-async def _supervise(awaitable: Any, session: Session) -> Any:
+async def supervise(awaitable: Any, session: Execution) -> Any:
     """Await in a task that the courier can cancel."""
     import asyncio
 

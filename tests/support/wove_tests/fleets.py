@@ -7,6 +7,7 @@ look at what its fleet left in the broker.
 from __future__ import annotations
 
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import pytest
 
 from wove.demo.processes import CeleryWorker, ManagedProcess, RedisServer, RqWorker
 from wove_tests.rabbitmq import RabbitServer
+from wove_tests.services import Certificates, WorkerService, make_certificates
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +38,7 @@ class Fleet:
     broker: str | None = None
     database: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    service: str | None = None
 
     @property
     def queue(self) -> str:
@@ -54,6 +57,14 @@ _ALL = (
     Fleet("rq-simple", "rq", "redis", 5, {"worker_class": "rq.SimpleWorker"}),
     Fleet("rq-spawn", "rq", "redis", 6, {"worker_class": "rq.worker.SpawnWorker"}),
     Fleet("rq-json", "rq", "redis", 7, {"serializer": "json"}),
+    Fleet("stdio-1", "stdio", options={"processes": 1, "threads": 4}),
+    Fleet("stdio-4", "stdio", options={"processes": 4, "threads": 1}),
+    Fleet("http", "http", service="http"),
+    Fleet("https", "https", service="http", options={"tls": True}),
+    Fleet("grpc", "grpc", service="grpc"),
+    Fleet("grpc-tls", "grpc", service="grpc", options={"tls": True}),
+    Fleet("websocket", "websocket", service="websocket"),
+    Fleet("websocket-tls", "websocket", service="websocket", options={"tls": True}),
 )
 FLEETS = {fleet.name: fleet for fleet in _ALL}
 
@@ -67,7 +78,18 @@ CONTRACT_FLEETS = (
     "celery-rabbitmq-prefork",
     "rq-worker",
     "rq-simple",
+    "stdio-1",
+    "stdio-4",
+    "http",
+    "https",
+    "grpc",
+    "grpc-tls",
+    "websocket",
+    "websocket-tls",
 )
+
+#: How many synchronous tasks each worker service of the contract runs at once.
+SERVICE_SLOTS = 4
 
 
 def fleet_params(*names: str) -> list[Any]:
@@ -90,6 +112,7 @@ class Fleets:
         self._redis: RedisServer | None = None
         self._rabbitmq_url: str | None = None
         self._workers: dict[str, ManagedProcess] = {}
+        self._certificates: Certificates | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -143,6 +166,12 @@ class Fleets:
         if fleet.broker:
             self.worker(name)
             config = _SUBMITTER_CONFIG[fleet.executor](self, fleet)
+        elif fleet.service:
+            service = self.worker(name)
+            assert isinstance(service, WorkerService)
+            config = service.config
+        elif fleet.executor == "stdio":
+            config = dict(fleet.options)
         config.update(changes.pop("executor_config", {}))
         if config:
             definition["executor_config"] = config
@@ -166,7 +195,18 @@ class Fleets:
                 left += [f"{fleet.name}: {key.decode()}" for key in connection.keys() if not _expected(key)]
         return left
 
+    def certificates(self) -> Certificates:
+        """Return the certificates of this run, for 127.0.0.1."""
+        if self._certificates is None:
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="wove-test-tls-"))
+            self._certificates = make_certificates(Path(folder))
+        return self._certificates
+
     def _new_worker(self, fleet: Fleet) -> ManagedProcess:
+        if fleet.service:
+            slots = ("--processes", "2", "--threads", str(SERVICE_SLOTS // 2))
+            tls = self.certificates() if fleet.options.get("tls") else None
+            return WorkerService(fleet.service, *slots, certificates=tls)
         # Workers import the helpers of the tests, as a real worker imports the project's code.
         path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
         common: dict[str, Any] = {"env": {"PYTHONPATH": path}, **fleet.options}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -170,3 +172,66 @@ def pid_and_sleep(seconds: float) -> int:
     """Return this process's id after a while."""
     time.sleep(seconds)
     return os.getpid()
+
+
+async def sleep_async(seconds: float) -> float:
+    """Wait without a thread."""
+    await asyncio.sleep(seconds)
+    return seconds
+
+
+async def touch_and_wait_async(started: str, release: str) -> str:
+    """As :func:`touch_and_wait`, as a coroutine."""
+    Path(started).touch()
+    deadline = time.monotonic() + PATIENCE
+    while not Path(release).exists() and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    return "released"
+
+
+async def block_the_loop(started: str, release: str) -> str:
+    """A coroutine that never gives its event loop back."""
+    return touch_and_wait(started, release)
+
+
+def large(size: int) -> bytes:
+    """Return so many bytes."""
+    return bytes(size)
+
+
+def say_everything() -> str:
+    """Write by every way there is, and read what nobody will type."""
+    print("from print")
+    print("to stderr", file=sys.stderr)
+    os.write(1, b"from write(2)\n")
+    os.system("echo from a child process")
+    ctypes.CDLL(None).puts(b"from C")
+    try:
+        input("name? ")
+    except EOFError:
+        return "nobody there"
+    return "somebody there"
+
+
+def flood(size: int) -> int:
+    """Write so many bytes to both, as lines and without an end."""
+    line = b"x" * 99 + b"\n"
+    for _ in range(size // 100):
+        os.write(2, line)
+    for _ in range(size // 10_000):
+        os.write(1, b"y" * 10_000)
+    return size
+
+
+def kill_own_process(signal_number: int) -> None:
+    """Die as the kernel's out-of-memory killer has it."""
+    os.kill(os.getpid(), signal_number)
+    time.sleep(PATIENCE)
+
+
+def leave_a_mark(path: str, seconds: float) -> str:
+    """Add to a file, so that it can be told how often this was executed."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("x")
+    time.sleep(seconds)
+    return "marked"

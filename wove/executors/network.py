@@ -1,0 +1,360 @@
+"""What the http and grpc executors share: batches of commands out, one stream of packets back for each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import abstractmethod
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from wove import frames
+from wove.errors import ProtocolError, SubmitError, WoveError, safe_text
+from wove.exchange import Packet, PacketReader, encode_cancel, framed, lost_frame
+from wove.executors.base import EnvironmentExecutor, FrameChannel
+from wove.executors.events import CommandEncoder, EventDecoder
+from wove.executors.settings import check_keys, seconds, whole_number
+from wove.network_security import NetworkExecutorSecurity, NetworkSecurityError, Seal
+from wove.threads import in_thread
+from wove.wire import require_msgpack
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+
+    from typing_extensions import Buffer
+
+    from wove.frames import Frame
+
+logger = logging.getLogger("wove.executors")
+
+#: ``executor_config`` keys that all network executors share.
+NETWORK_KEYS = ("insecure", "max_message", "security", "timeout")
+#: Largest packet that is taken from a service, in bytes, unless ``max_message`` says otherwise.
+MAX_MESSAGE = 256 * 1024 * 1024
+#: Room in a packet beside the user's values.
+ENVELOPE_ALLOWANCE = 1024 * 1024
+#: Seconds to connect, to get a first answer, and of silence on an open answer.
+TIMEOUT_SECONDS = 30.0
+#: An open answer may be silent for so long whatever ``timeout`` says: services ping every 5 seconds.
+SILENCE_SECONDS = 15.0
+#: Bytes a second that a large request is granted on top of that.
+SLOWEST = 256 * 1024
+#: Runs, and bytes, that leave in one request at most.
+MAX_BATCH = 32
+MAX_BATCH_BYTES = 256 * 1024
+#: Seconds that a service has to end what was cancelled, until its connection is given up.
+CANCEL_GRACE = 10.0
+#: Seconds that the connection for cancellations stays open without use, at least.
+WARM_SECONDS = 20.0
+#: From this size, in bytes, signatures are verified in a thread.
+IN_THREAD_FROM = 1024 * 1024
+
+
+class RefusedError(WoveError):
+    """The service answered, and took nothing of the request."""
+
+
+class Request:
+    """One request: commands as they are sent, and the events that come back."""
+
+    def __init__(self, body: list[Buffer]) -> None:
+        self.body = body
+        self.size = sum(memoryview(part).nbytes for part in body)
+        #: What verifies the answer's packets; the transport sets it before it yields any.
+        self.seal = Seal(None, "answer")
+        self.accepted = False
+        self.on_accepted: Callable[[], None] | None = None
+
+    def accept(self) -> None:
+        """The service has accepted the request: called by the transport before it yields anything."""
+        self.accepted = True
+        if self.on_accepted is not None:
+            self.on_accepted()
+
+    def patience(self, timeout: float) -> float:
+        """Return how many seconds the first answer may take: a large request earns time."""
+        return timeout + self.size / SLOWEST
+
+
+class _Sent:
+    """A run on its way."""
+
+    __slots__ = ("abandoned", "accepted", "ended", "exchange", "parts", "run_id", "seq", "size", "task_id")
+
+    def __init__(self, frame: Frame, parts: list[Buffer], loop: asyncio.AbstractEventLoop) -> None:
+        self.run_id: str = frame["run_id"]
+        self.task_id: str = frame["task_id"]
+        self.parts = parts
+        self.size = sum(memoryview(part).nbytes for part in parts)
+        self.accepted: asyncio.Future[None] = loop.create_future()
+        self.exchange: asyncio.Task[None] | None = None
+        self.ended = False
+        self.abandoned = False
+        self.seq = 1
+
+
+class NetworkExecutor(EnvironmentExecutor):
+    """Carries frames in requests whose answers are streams; a transport implements :meth:`exchange`."""
+
+    default_heartbeat_seconds = 15.0
+    #: The executor's name, for messages.
+    transport: ClassVar[str]
+    #: Its own ``executor_config`` keys.
+    config_keys: ClassVar[tuple[str, ...]]
+
+    def __init__(self) -> None:
+        self._channel: FrameChannel | None = None
+        self._decoder: EventDecoder | None = None
+        self._encoder: CommandEncoder | None = None
+        self._outbox: list[_Sent] = []
+        self._runs: dict[str, _Sent] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._flushing = False
+        self._warm_until = 0.0
+
+    # --- a transport implements -------------------------------------------------
+
+    @abstractmethod
+    async def open(self, config: Mapping[str, Any]) -> None:
+        """Check the settings and make ready to send."""
+
+    @abstractmethod
+    def exchange(self, request: Request, *, urgent: bool) -> AsyncGenerator[bytes, None]:
+        """Send a request and yield the bytes of its answer.
+
+        Args:
+            request: the transport sets its ``seal`` and calls its ``accept`` as the answer comes.
+            urgent: never to wait behind other requests.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release the connections."""
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """The service's address, for messages."""
+
+    # --- the contract -----------------------------------------------------------
+
+    async def start(
+        self,
+        *,
+        environment_name: str,
+        environment_config: Mapping[str, Any],
+        run_config: Mapping[str, Any],
+    ) -> None:
+        """Check the settings; see :meth:`EnvironmentExecutor.start`. The service may come later."""
+        require_msgpack()
+        check_keys(environment_name, environment_config, (*NETWORK_KEYS, *self.config_keys))
+        self.timeout = seconds(environment_config, "timeout", TIMEOUT_SECONDS)
+        self.max_message = whole_number(environment_config, "max_message", MAX_MESSAGE) or MAX_MESSAGE
+        # In a thread: this may read files.
+        security: NetworkExecutorSecurity = await in_thread(
+            NetworkExecutorSecurity.from_config, environment_config.get("security")
+        )
+        self.security = security
+        await self.open(environment_config)
+        channel = FrameChannel()
+        self._channel = channel
+        self._decoder = EventDecoder(channel.put, environment_name)
+        self._encoder = CommandEncoder(environment_name)
+        self._loop = asyncio.get_running_loop()
+
+    async def send(self, frame: Frame) -> None:
+        """Take a command; see :meth:`EnvironmentExecutor.send`."""
+        if self._channel is None or self._encoder is None:
+            raise RuntimeError(f"the {self.transport} executor is not started")
+        if frame["type"] == frames.RUN_TASK:
+            await self._submit(frame, self._encoder)
+        elif frame["type"] == frames.CANCEL_TASK:
+            await self._cancel(frame["run_id"])
+
+    async def recv(self) -> Frame:
+        """Return the next event; see :meth:`EnvironmentExecutor.recv`."""
+        if self._channel is None:
+            raise RuntimeError(f"the {self.transport} executor is not started")
+        return await self._channel.get()
+
+    async def stop(self) -> None:
+        """Give the requests up; see :meth:`EnvironmentExecutor.stop`."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
+        await self.close()
+        if self._encoder is not None:
+            self._encoder.close()
+        if self._decoder is not None:
+            self._decoder.close()
+        if self._channel is not None:
+            self._channel.close()
+        self._outbox.clear()
+        self._runs.clear()
+
+    # --- runs -------------------------------------------------------------------
+
+    async def _submit(self, frame: Frame, encoder: CommandEncoder) -> None:
+        frame = {**frame, "max_body": self.max_message - ENVELOPE_ALLOWANCE}
+        sent = _Sent(frame, await encoder.encode(frame), self._loop)
+        self._runs[sent.run_id] = sent
+        self._outbox.append(sent)
+        if not self._flushing:
+            # What is submitted in one turn of the loop leaves together.
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+        try:
+            await sent.accepted
+        except asyncio.CancelledError:
+            sent.abandoned = True
+            if sent in self._outbox:
+                self._outbox.remove(sent)
+                self._runs.pop(sent.run_id, None)
+            raise
+
+    async def _warm(self) -> None:
+        """Open the connection that a cancellation will take: with TLS that is a while."""
+        try:
+            async with aclosing(self.exchange(Request([]), urgent=True)) as answer:
+                async for _ in answer:
+                    pass
+        except Exception as exc:
+            logger.debug("the connection for cancellations to %s is not open: %s", self.where, exc)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        now = self._loop.time()
+        if now >= self._warm_until:
+            self._warm_until = now + WARM_SECONDS
+            self._spawn(self._warm(), "wove-warm")
+        outbox, self._outbox = self._outbox, []
+        while outbox:
+            count = size = 0
+            while count < min(len(outbox), MAX_BATCH) and (
+                not count or size + outbox[count].size < MAX_BATCH_BYTES
+            ):
+                size += outbox[count].size
+                count += 1
+            batch, outbox = outbox[:count], outbox[count:]
+            task = self._spawn(self._deliver(batch), f"wove-{self.transport}-exchange")
+            for sent in batch:
+                sent.exchange = task
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = self._loop.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _deliver(self, batch: list[_Sent]) -> None:
+        """Send one request and hand its events on, until each of its runs has ended, one way or another."""
+        body: list[Buffer] = []
+        for sent in batch:
+            body += framed(sent.parts)
+            sent.parts = []
+        request = Request(body)
+        del body
+        runs = {sent.run_id: sent for sent in batch}
+        problem = "its answer ended without an outcome"
+        request.on_accepted = partial(_accept, batch)
+        try:
+            await self._receive(request, runs)
+        except asyncio.CancelledError:
+            problem = "the request was given up"
+            raise
+        except Exception as exc:
+            problem = safe_text(exc, 1_000) or type(exc).__name__
+            if not request.accepted:
+                self._reject(batch, exc)
+        finally:
+            for sent in batch:
+                self._lose(sent, problem)
+
+    def _reject(self, batch: list[_Sent], exc: Exception) -> None:
+        certain = isinstance(exc, (RefusedError, NetworkSecurityError))
+        for sent in batch:
+            if sent.accepted.done():
+                continue
+            error = SubmitError(
+                f"the {self.transport} service at {self.where} did not take run {sent.run_id} of {sent.task_id}: "
+                f"{safe_text(exc, 1_000) or type(exc).__name__}",
+                maybe_accepted=not certain,
+            )
+            error.__cause__ = exc
+            sent.ended = True
+            self._runs.pop(sent.run_id, None)
+            sent.accepted.set_exception(error)
+
+    async def _receive(self, request: Request, runs: dict[str, _Sent]) -> None:
+        reader = PacketReader(self.max_message)
+        async with aclosing(self.exchange(request, urgent=False)) as answer:
+            async for chunk in answer:
+                request.body = []
+                for raw in reader.feed(chunk):
+                    await self._take(raw, request.seal, runs)
+        if not reader.idle:
+            raise ProtocolError("its answer was cut in the middle of a packet")
+
+    async def _take(self, raw: memoryview, seal: Seal, runs: dict[str, _Sent]) -> None:
+        if raw.nbytes < IN_THREAD_FROM:
+            verified = seal.open(raw)
+        else:
+            verified = await in_thread(seal.open, raw)
+        packet = Packet(verified)
+        sent = runs.get(str(packet.envelope.get("run_id")))
+        if sent is None or sent.ended or self._decoder is None:
+            return  # a ping, or somebody else's
+        if packet.is_terminal:
+            sent.ended = True
+            self._runs.pop(sent.run_id, None)
+        seq = packet.envelope.get("seq")
+        sent.seq = seq if isinstance(seq, int) else sent.seq
+        self._decoder.take_packet(packet)
+
+    def _lose(self, sent: _Sent, problem: str) -> None:
+        if not sent.accepted.done():
+            sent.accepted.set_result(None)
+        if sent.ended:
+            return
+        sent.ended = True
+        self._runs.pop(sent.run_id, None)
+        message = f"run {sent.run_id} of {sent.task_id}: the {self.transport} service at {self.where} is lost: {problem}"
+        if self._channel is not None:
+            self._channel.put([lost_frame(sent.run_id, sent.task_id, message, seq=sent.seq + 1)])
+
+    # --- cancelling ---------------------------------------------------------------
+
+    async def _cancel(self, run_id: str) -> None:
+        sent = self._runs.get(run_id)
+        if sent is None:
+            return
+        sent.abandoned = True
+        request = Request(framed(encode_cancel(run_id)))
+        try:
+            async with aclosing(self.exchange(request, urgent=True)) as answer:
+                async for _ in answer:
+                    pass
+        finally:
+            # A service that hangs holds its connection no longer than this.
+            self._loop.call_later(CANCEL_GRACE, self._give_up, sent)
+
+    def _give_up(self, sent: _Sent) -> None:
+        exchange = sent.exchange
+        if sent.ended or exchange is None or exchange.done():
+            return
+        if all(run.abandoned for run in self._runs.values() if run.exchange is exchange):
+            exchange.cancel()
+
+
+def _accept(batch: list[_Sent]) -> None:
+    for sent in batch:
+        if not sent.accepted.done():
+            sent.accepted.set_result(None)
+
+
+def refused(status: str, text: str, *, trusted: bool) -> RefusedError:
+    """Return the error for a service that answered with something else than events."""
+    return RefusedError(f"it answered {status}" + (f": {text[:500]}" if trusted and text else ""))
