@@ -20,8 +20,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wove.policy import nearest
 from wove.errors import ConfigurationError, WoveError
+from wove.policy import nearest
 from wove.security import Secret, SecretRing, find_secrets, is_cookie, mac, same
 
 if TYPE_CHECKING:

@@ -38,6 +38,8 @@ ASK_TIMEOUT = 5.0
 ASK_PATIENCE = 10.0
 #: Bytes of an outcome that a backend is asked to keep at most.
 MAX_PARKED = 64 * 1024 * 1024
+#: Seconds for which the refusal of a payload is offered.
+REFUSAL_PATIENCE = 2.0
 #: Seconds that a progress report may take.
 REPORT_TIMEOUT = 5.0
 #: Frames and characters that one report holds at most.
@@ -83,6 +85,7 @@ class Session:
         self._sending = threading.Lock()
         self._started = False
         self._finished = False
+        self._patience: float | None = None
 
     # --- before the task ------------------------------------------------------
 
@@ -201,7 +204,7 @@ class Session:
         """Deliver a result; one that cannot be encoded is delivered as an error naming its type."""
         attachments: list[Buffer] = []
         try:
-            described = encode_value(result, attachments)
+            described = self._encode(result, attachments)
         except Exception as exc:
             self.fail(exc, source="worker")
             return
@@ -219,12 +222,25 @@ class Session:
                 source="worker",
             )
 
+    def _encode(self, result: Any, attachments: list[Buffer]) -> list[Any]:
+        if not self.assignment.plain:
+            return encode_value(result, attachments)
+        from wove.no_pickle import encode_plain
+
+        return encode_plain(result, attachments, setting='"pickle": False there, or WOVE_ALLOW here')
+
+    def refuse(self, exc: BaseException) -> None:
+        """Report that the payload is not taken here, to whoever still listens: its submitter may be long gone."""
+        self._started = True  # nothing has, and nothing will
+        self._patience = REFUSAL_PATIENCE
+        self.fail(exc, source="worker")
+
     def fail(self, exc: BaseException, *, source: str = "task") -> None:
         """Deliver an error."""
         attachments: list[Buffer] = []
         error = normalize_exception(exc, source=source)
         try:
-            described = encode_exception(exc, attachments)
+            described = encode_exception(exc, attachments, plain=self.assignment.plain)
         except Exception:
             described, attachments = [], []
         if self._finish(frames.TASK_ERROR, attachments, error=error, exception=described) == 413:
@@ -284,7 +300,9 @@ class Session:
         reply = offer(
             lambda: self._post(batch, attachments, final=final),
             task,
-            patience(task, self.begun, cancelled=self.context.cancelled),
+            patience(task, self.begun, cancelled=self.context.cancelled)
+            if self._patience is None
+            else self._patience,
         )
         if reply is None:
             if final:
