@@ -57,10 +57,11 @@ class Guard:
         self._active: set[Any] = set()
         self._bytes = 0
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._max_connections = MAX_CONNECTIONS
+        #: Connections at once.
+        self.max_connections = MAX_CONNECTIONS
         if descriptors != resource.RLIM_INFINITY:
             # The application needs descriptors too.
-            self._max_connections = min(MAX_CONNECTIONS, max(8, descriptors // DESCRIPTOR_SHARE))
+            self.max_connections = min(MAX_CONNECTIONS, max(8, descriptors // DESCRIPTOR_SHARE))
 
     @property
     def connections(self) -> int:
@@ -89,7 +90,7 @@ class Guard:
         for protocol in live:
             self._last_seen.setdefault(protocol, now)
         idle = sorted((p for p in self._last_seen if p not in self._active), key=self._last_seen.__getitem__)
-        excess = len(live) - self._max_connections
+        excess = len(live) - self.max_connections
         for index, protocol in enumerate(idle):
             limit = KEEP_ALIVE_SECONDS if protocol in self._used else HEAD_SECONDS
             if index < excess or now - self._last_seen[protocol] > limit:
