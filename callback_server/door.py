@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from wove.callback_server.guard import HEAD_SECONDS
@@ -23,6 +24,8 @@ logger = logging.getLogger("wove.callback_server")
 ACCEPT_AT_ONCE = 64
 #: Seconds that a handshake gets when others wait for its place.
 CROWDED_SECONDS = 0.5
+#: Seconds that a peer gets to say goodbye as TLS wants it.
+GOODBYE_SECONDS = 2.0
 #: Seconds after which a full house, or a system without file descriptors, is looked at again.
 PAUSE_SECONDS = 0.05
 
@@ -44,6 +47,7 @@ class TlsDoor:
         # In the order in which they came, with the time at which they did.
         self._shaking: dict[asyncio.Task[None], float] = {}
         self._sockets: list[socket.socket] = []
+        self._transports: weakref.WeakSet[asyncio.BaseTransport] = weakref.WeakSet()
 
     @property
     def handshakes(self) -> int:
@@ -66,6 +70,11 @@ class TlsDoor:
         self._sockets = []
         for task in tuple(self._shaking):
             task.cancel()
+
+    def abort(self) -> None:
+        """Drop every connection, those too whose peers owe TLS's own goodbye."""
+        for transport in tuple(self._transports):
+            transport.abort()  # type: ignore[attr-defined]
 
     def _accept(self, listening: socket.socket) -> None:
         for _ in range(ACCEPT_AT_ONCE):
@@ -105,9 +114,14 @@ class TlsDoor:
 
     async def _shake_hands(self, connection: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(
-                self._factory, connection, ssl=self._context, ssl_handshake_timeout=HEAD_SECONDS
+            transport, _ = await self._loop.connect_accepted_socket(
+                self._factory,
+                connection,
+                ssl=self._context,
+                ssl_handshake_timeout=HEAD_SECONDS,
+                ssl_shutdown_timeout=GOODBYE_SECONDS,
             )
+            self._transports.add(transport)
         except (OSError, asyncio.CancelledError) as exc:
             # Strangers, scanners, workers with another authority: who they are is for their own logs.
             logger.debug("a TLS handshake failed: %s", type(exc).__name__)

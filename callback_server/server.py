@@ -225,6 +225,10 @@ class CallbackListener:
             if listening is not None:
                 listening.close()
             await runner.cleanup()
+            if door is not None:
+                door.abort()
+                for _ in range(3):  # what was dropped is closed in the loop's next turns
+                    await asyncio.sleep(0)
 
     async def _accept_no_more(self) -> None:
         """Leave off accepting, and let connections that were accepted this moment get their handlers.
