@@ -96,20 +96,27 @@ class SecretRing:
         Raises:
             ConfigurationError: no secret, or one that is too short; never shows its value.
         """
-        entries = []
+        entries: list[Secret] = []
+        problem = ""
         for item in filter(None, (part.strip() for part in text.replace("\n", ",").split(","))):
             kid, colon, value = item.partition(":")
             raw = (value if colon else item).encode("utf-8", "surrogateescape")
             try:
                 entries.append(Secret(raw, kid if colon else None))
             except ConfigurationError as exc:
-                raise ConfigurationError(f"{source}: {exc}") from None
+                problem = str(exc)
+                break
             if len(raw) < GOOD_SECRET:
                 logger.warning(
                     "%s: a secret of %d bytes is short, %d are safe whoever tries to guess it; make one with: "
                     "python -c 'import secrets; print(secrets.token_urlsafe(32))'",
                     source, len(raw), GOOD_SECRET,
                 )  # fmt: skip
+        if problem:
+            # Reporters of errors show local variables, of this frame too; and no error of another hangs on this one.
+            text = item = kid = value = ""
+            raw = b""
+            raise ConfigurationError(f"{source}: {problem}")
         return cls(entries, source)
 
 
@@ -129,13 +136,14 @@ def find_secrets(configured: object = None) -> SecretRing:
                 f'executor_config["security"] is a string, not {type(configured).__name__}'
             )
         return SecretRing.parse(configured, 'executor_config["security"]')
-    text, path = os.environ.get("WOVE_SECRET"), os.environ.get("WOVE_SECRET_FILE")
-    if text is not None and path is not None:
+    # Not in a local variable, which reporters of errors show.
+    path = os.environ.get("WOVE_SECRET_FILE")
+    if "WOVE_SECRET" in os.environ and path is not None:
         raise ConfigurationError(
             "WOVE_SECRET and WOVE_SECRET_FILE are both set, and only one of them can be meant: unset the other"
         )
-    if text is not None:
-        return SecretRing.parse(text, "WOVE_SECRET")
+    if "WOVE_SECRET" in os.environ:
+        return SecretRing.parse(os.environ["WOVE_SECRET"], "WOVE_SECRET")
     if path is not None:
         return _read_file(Path(path))
     return _parse_cookie(cookie_path())
@@ -199,8 +207,15 @@ def _read_file(path: Path) -> SecretRing:
         ) from None
     if len(data) > MAX_FILE:
         raise ConfigurationError(f"{source} is no file of secrets: it has more than {MAX_FILE} bytes")
+    try:
+        return SecretRing.parse(_uncommented(data), source)
+    finally:
+        data = b""  # see above
+
+
+def _uncommented(data: bytes) -> str:
     lines = data.decode("utf-8", "surrogateescape").splitlines()
-    return SecretRing.parse("\n".join(line for line in lines if not line.lstrip().startswith("#")), source)
+    return "\n".join(line for line in lines if not line.lstrip().startswith("#"))
 
 
 COOKIE_SOURCE = "the cookie file"

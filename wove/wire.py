@@ -219,7 +219,8 @@ def callable_name(func: Any) -> str:
     while isinstance(func, partial):
         func = func.func
     named = func if hasattr(func, "__qualname__") else type(func)
-    return f"{named.__module__}.{named.__qualname__}"
+    # Methods of built-in types name no module.
+    return f"{getattr(named, '__module__', None) or 'builtins'}.{named.__qualname__}"
 
 
 def importable_reference(func: Any, *, only_names: bool = False) -> str | None:
