@@ -89,7 +89,11 @@ class Guard:
                 self._on_lost(gone)
         for protocol in live:
             self._last_seen.setdefault(protocol, now)
-        idle = sorted((p for p in self._last_seen if p not in self._active), key=self._last_seen.__getitem__)
+        # Those that never asked for anything go first: they may have come before one that a look saw later.
+        idle = sorted(
+            (p for p in self._last_seen if p not in self._active),
+            key=lambda p: (p in self._used, self._last_seen[p]),
+        )
         excess = len(live) - self.max_connections
         for index, protocol in enumerate(idle):
             limit = KEEP_ALIVE_SECONDS if protocol in self._used else HEAD_SECONDS

@@ -58,7 +58,7 @@ def reply_after(first: bytes, connection: HTTPConnection) -> HTTPResponse:
 
     def begun(sock: Any, *args: Any, **kwargs: Any) -> HTTPResponse:
         reply = http.client.HTTPResponse(sock, *args, **kwargs)
-        reply.fp = io.BufferedReader(_Begun(first, reply.fp.detach()))  # type: ignore[attr-defined]
+        reply.fp = io.BufferedReader(_Begun(first, reply.fp.detach()))
         return reply
 
     connection.response_class = begun  # type: ignore[assignment]
@@ -85,7 +85,7 @@ class _Begun(io.RawIOBase):
         if self._first and view.nbytes:
             view[:1], self._first = self._first, b""
             return 1
-        count: int | None = self._rest.readinto(view)  # type: ignore[attr-defined]
+        count: int | None = self._rest.readinto(view)
         return count
 
     def close(self) -> None:
