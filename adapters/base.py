@@ -28,11 +28,14 @@ class BackendState:
             ``unknown``.
         detail: the backend's own word, such as ``signal 9``.
         outcome: a signed outcome that a worker could not deliver, and left with the backend.
+        busy: of a running one, that its process is known to be computing this moment: it may be
+            too busy to speak.
     """
 
     state: str
     detail: str = ""
     outcome: bytes | None = None
+    busy: bool = False
 
 
 class BackendAdapter(ABC):
@@ -148,9 +151,21 @@ class BackendAdapter(ABC):
 
         Args:
             run_ids: the jobs' ids, as :func:`wove.backend.job_id` makes them: the run's id,
-                or ``<run id>-<attempt>`` for a later attempt.
+                or ``<run id>-<attempt>`` for a later attempt. Where :meth:`submit` returned
+                a string, it is that.
         """
         return {}
+
+    def is_shared(self, submission: Any) -> bool:
+        """Tell whether runs of other processes may wait for the same job. Must not block.
+
+        A worker at such a job is told to stop only when :meth:`cancel` has returned False;
+        True says here that the work, if it goes on, does so for others.
+
+        Args:
+            submission: what :meth:`submit` returned; None when that is not known.
+        """
+        return False
 
     async def close(self) -> None:  # noqa: B027 - optional
         """Release what :meth:`start` took, and nothing that belongs to the user. Idempotent."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import logging
 import math
 import threading
+from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,14 @@ from wove.adapters.base import BackendAdapter, BackendState
 from wove.backend import as_text, job_id, summarize_call
 from wove.errors import ConfigurationError, SubmitError
 from wove.security import scrub, without_passwords
+from wove.wire import PARKED, PARKED_SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from wove.frames import Frame
+
+logger = logging.getLogger("wove.adapters")
 
 #: Seconds after its ``delivery_timeout`` in which a task that was never started is dropped by Celery.
 EXPIRES_AFTER = 24 * 3600
@@ -27,10 +31,9 @@ POOL_LIMIT = 8
 #: Seconds that an app made here waits for its broker before a submission fails.
 BROKER_TIMEOUT = 5.0
 #: Seconds that workers get to say whether they are at a task.
-INSPECT_SECONDS = 1.0
-#: Where a worker leaves an outcome that it could not deliver: the result of this other task id.
-PARKED_SUFFIX = "-outcome"
-PARKED_FIELD = "wove_outcome"
+INSPECT_SECONDS = 0.7
+#: How often those are asked that do not answer.
+INSPECT_TIMES = 2
 
 
 _importing = threading.Lock()
@@ -42,6 +45,9 @@ class CeleryAdapter(BackendAdapter):
     ``executor_config``: ``app`` (a Celery app, or ``"proj.celery:app"``) or ``broker_url``;
     ``result_backend``, ``app_name``, ``task_name`` (``"wove.run"``), ``queue``,
     ``send_task_options`` (passed to ``send_task``), ``terminate_on_cancel``.
+
+    Equal ``delivery_idempotency_key`` share a run within one process only: a broker cannot be
+    asked whether it holds a message with some id, nor be made to refuse a second one.
     """
 
     required_modules = ("celery", "aiohttp", "cloudpickle", "msgpack")
@@ -184,7 +190,7 @@ class CeleryAdapter(BackendAdapter):
         for run_id, state in self._ask_workers(run_ids).items():
             # Running or queued work has no outcome yet.
             parked = self._parked(run_id) if state.state not in ("running", "queued") else None
-            states[run_id] = BackendState(state.state, state.detail, parked)
+            states[run_id] = replace(state, outcome=parked)
         return states
 
     def _ask_workers(self, run_ids: list[str]) -> dict[str, BackendState]:
@@ -198,17 +204,41 @@ class CeleryAdapter(BackendAdapter):
                 by_node.setdefault(str(worker["node"]), []).append(run_id)
         if not by_node:
             return states
-        asked = [run_id for mine in by_node.values() for run_id in mine]
-        inspect = self._app.control.inspect(
-            destination=list(by_node), timeout=INSPECT_SECONDS, limit=len(by_node)
-        )
-        # The command is that of wove.worker.celery.
-        answers = inspect._request("wove_runs", ids=asked) or {}
+        answers: dict[tuple[str, Any], Any] = {}
+        for _ in range(INSPECT_TIMES):
+            silent = {
+                node: mine
+                for node, mine in by_node.items()
+                if any((node, self.worker_of(run_id).get("parent")) not in answers for run_id in mine)
+            }
+            if silent:
+                answers.update(self._inspect(silent))
         for node, mine in by_node.items():
             for run_id in mine:
-                requeues = self.worker_of(run_id).get("requeues") is True
-                states[run_id] = _state(node, run_id, answers.get(node), requeues)
+                worker = self.worker_of(run_id)
+                answer = answers.get((node, worker.get("parent")))
+                if answer is None and (node, None) in answers:
+                    continue  # it does not know the command
+                states[run_id] = _state(node, run_id, answer, worker.get("requeues") is True)
         return states
+
+    def _inspect(self, by_node: dict[str, list[str]]) -> dict[tuple[str, Any], Any]:
+        """Ask workers about runs; return their answers by node name and pid, for names may be taken twice."""
+        asked = [run_id for mine in by_node.values() for run_id in mine]
+        # The command is that of wove.worker.celery.
+        replies = self._app.control.broadcast(
+            "wove_runs",
+            arguments={"ids": asked},
+            destination=list(by_node),
+            reply=True,
+            timeout=INSPECT_SECONDS,
+        )
+        found: dict[tuple[str, Any], Any] = {}
+        for reply in replies or ():
+            for node, answer in reply.items():
+                if isinstance(answer, dict):
+                    found[node, answer.get("pid")] = answer
+        return found
 
     def _parked(self, run_id: str) -> bytes | None:
         from celery.backends.base import DisabledBackend
@@ -220,9 +250,10 @@ class CeleryAdapter(BackendAdapter):
         try:
             meta = backend.get_task_meta(f"{run_id}{PARKED_SUFFIX}", cache=False)
             kept = meta.get("result") if meta.get("status") == "SUCCESS" else None
-            text = kept.get(PARKED_FIELD) if isinstance(kept, dict) else None
+            text = kept.get(PARKED) if isinstance(kept, dict) else None
             return base64.b64decode(text, validate=True) if isinstance(text, str) else None
-        except (binascii.Error, AttributeError):
+        except Exception as exc:  # a result backend that is out must not void the workers' words
+            logger.info("environment %r: the result backend was not asked: %s", self.name, exc)
             return None
 
     async def close(self) -> None:
@@ -236,15 +267,14 @@ class CeleryAdapter(BackendAdapter):
 
 
 def _state(node: str, run_id: str, answer: Any, requeues: bool) -> BackendState:
-    """Read a worker's answer to ``wove_runs``: per task id, where it is and a word about it."""
-    if not isinstance(answer, dict):
+    """Read a worker's answer to ``wove_runs``."""
+    if answer is None:
         return BackendState("lost", f"the Celery worker {node} does not answer any more")
-    if "error" in answer:  # an older release there: Celery's own word for an unknown command
-        return BackendState("unknown", str(answer["error"]))
-    found = answer.get(run_id)
+    runs = answer.get("runs")
+    found = runs.get(run_id) if isinstance(runs, dict) else None
     word, detail = found if isinstance(found, (list, tuple)) and len(found) == 2 else ("", "")
     if word == "active":
-        return BackendState("running", f"active on {node}")
+        return BackendState("running", f"active on {node}", busy=detail == "R")
     if word == "reserved":
         return BackendState("queued", f"reserved on {node}")
     if requeues:

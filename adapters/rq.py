@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from wove.adapters.base import BackendAdapter, BackendState
+from wove.adapters.base import BackendAdapter
+from wove.adapters.rq_sharing import SHARED_FUNCTION, SharedJobs, Ticket
+from wove.adapters.rq_states import as_str, living, state_of
 from wove.backend import as_text, job_id, summarize_call
 from wove.errors import ConfigurationError, SubmitError
 from wove.security import scrub, without_passwords
+from wove.wire import PARKED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from wove.adapters.base import BackendState
     from wove.frames import Frame
 
 #: The job function, by name: the submitter need not import the worker side.
@@ -24,8 +28,6 @@ FAILURE_TTL = 300
 REDIS_TIMEOUT = 5.0
 #: Seconds that RQ's worker waits for the callback server to take its webhook.
 WEBHOOK_TIMEOUT = 4
-#: Field of a job's hash where a worker leaves an outcome that it could not deliver.
-PARKED_FIELD = "wove_outcome"
 
 _DELETE_QUEUED = """
 if redis.call('lrem', KEYS[1], 1, ARGV[1]) == 0 then return 0 end
@@ -40,6 +42,9 @@ class RqAdapter(BackendAdapter):
     ``executor_config``: ``queue`` (an ``rq.Queue``) or ``redis_url`` and ``queue_name``
     (``"default"``); ``enqueue_options`` (``job_timeout``, ``failure_ttl``, ``meta``, ...),
     ``stop_on_cancel``.
+
+    Runs with equal ``delivery_idempotency_key`` share one job, also those of different
+    processes whose environments have the same name and queue; see :mod:`wove.adapters.rq_sharing`.
     """
 
     required_modules = ("rq", "redis", "aiohttp", "cloudpickle", "msgpack")
@@ -64,6 +69,7 @@ class RqAdapter(BackendAdapter):
         self.stops_running = bool(config.get("stop_on_cancel"))
         self._queue = await self.blocking(self._find_queue)
         self._webhook = _webhook_class()
+        self._shared = SharedJobs(self._queue, self.name, self._probe)
 
     def _find_queue(self) -> Any:
         from rq import Queue
@@ -102,14 +108,31 @@ class RqAdapter(BackendAdapter):
         return results
 
     def _enqueue(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        if not any(_key(frame) for _, frame in batch):
+            return self._enqueue_many(batch)
+        alone = iter(self._enqueue_many([item for item in batch if not _key(item[1])]))
+        return [self._share(*item) if _key(item[1]) else next(alone) for item in batch]
+
+    def _share(self, payload: bytes, frame: Frame) -> Any:
+        """Enqueue a job that others may share, or share theirs."""
+        try:
+            return self._shared.submit(self._job(payload, frame), payload, frame)
+        except (ConfigurationError, SubmitError) as exc:
+            return exc
+        except Exception as exc:
+            return self._submit_error(exc)
+
+    def _enqueue_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
         results: list[Any] = []
-        jobs = []
+        jobs: list[Any] = []
+        if not batch:
+            return results
         for payload, frame in batch:
             try:
                 jobs.append(self._job(payload, frame))
                 results.append(job_id(frame))
-            except Exception as exc:  # enqueue_options that RQ does not take, for one
-                results.append(ConfigurationError(f'RQ refuses executor_config["enqueue_options"]: {exc}'))
+            except ConfigurationError as exc:
+                results.append(exc)
         try:
             with self._queue.connection.pipeline() as pipeline:
                 self._queue.enqueue_many(jobs, pipeline=pipeline)
@@ -132,6 +155,17 @@ class RqAdapter(BackendAdapter):
         return error
 
     def _job(self, payload: bytes, frame: Frame) -> Any:
+        """Describe a job to RQ.
+
+        Raises:
+            ConfigurationError: ``enqueue_options`` that RQ does not take.
+        """
+        try:
+            return self._prepare(payload, frame)
+        except Exception as exc:
+            raise ConfigurationError(f'RQ refuses executor_config["enqueue_options"]: {exc}') from exc
+
+    def _prepare(self, payload: bytes, frame: Frame) -> Any:
         delivery = frame.get("delivery") or {}
         timeout = delivery.get("timeout")
         settings: dict[str, Any] = {
@@ -163,18 +197,32 @@ class RqAdapter(BackendAdapter):
 
             # RQ's own word for a stopped job: the work horse has no chance to say it.
             settings["on_stopped"] = Callback(STOPPED_FUNCTION)
+        function = JOB_FUNCTION
+        if _key(frame):
+            # Whoever joins later may have more time.
+            function, settings["ttl"] = SHARED_FUNCTION, None
         options = dict(self._options)
         if "job_timeout" in options:  # `enqueue` and `prepare_data` name it differently
             settings["timeout"] = options.pop("job_timeout")
-        return self._queue.prepare_data(JOB_FUNCTION, **{**settings, **options})
+        return self._queue.prepare_data(function, **{**settings, **options})
 
     async def cancel(self, run_id: str, submission: Any, frame: Frame) -> bool:
-        """Delete a queued job; with ``stop_on_cancel`` also end the process of a running one."""
-        job = submission or job_id(frame)
+        """Delete a queued job; with ``stop_on_cancel`` also end the process of a running one.
+
+        A job that others wait for is left to them.
+        """
+        ticket = Ticket.read(submission)
+        job = ticket.job if ticket else submission or job_id(frame)
         if frame.get("escalate"):
             await self.blocking(self._stop, job)
             return False
+        if ticket:
+            return bool(await self.blocking(self._shared.leave, ticket))
         return bool(await self.blocking(self._delete_queued, job))
+
+    def is_shared(self, submission: Any) -> bool:
+        """Tell whether the run was submitted with an idempotency key."""
+        return Ticket.read(submission) is not None
 
     def _delete_queued(self, job: str) -> bool:
         from rq.job import Job
@@ -204,42 +252,17 @@ class RqAdapter(BackendAdapter):
         # Not by RQ's own Job.fetch_many, which unpickles what it finds.
         with self._queue.connection.pipeline(transaction=False) as pipeline:
             for run_id in run_ids:
-                pipeline.hmget(Job.key_for(run_id), "status", "worker_name", PARKED_FIELD)
+                ticket = Ticket.read(run_id)
+                # Of a job that several runs share, each has an outcome of its own.
+                job, parked = (ticket.job, f"{PARKED}:{ticket.run_id}") if ticket else (run_id, PARKED)
+                pipeline.hmget(Job.key_for(job), "status", "worker_name", parked)
             found = dict(zip(run_ids, pipeline.execute(), strict=True))
-        workers = {_text(worker) for status, worker, _ in found.values() if _text(status) == "started"}
-        alive = self._alive(workers - {""}) if workers else {}
+        workers = {as_str(worker) for status, worker, _ in found.values() if as_str(status) == "started"}
+        alive = living(self._queue.connection, workers - {""}) if workers else {}
         return {
-            run_id: _state(_text(status), _text(worker), alive.get(_text(worker)), parked)
+            run_id: state_of(as_str(status), as_str(worker), alive.get(as_str(worker)), parked)
             for run_id, (status, worker, parked) in found.items()
         }
-
-    def _alive(self, workers: set[str]) -> dict[str, bool]:
-        """Return for each worker of which it is known whether it lives.
-
-        RQ itself learns of a killed worker after minutes. Redis knows at once: a worker gives its
-        connection its own name, and keeps it while it lives.
-        """
-        from redis.exceptions import RedisError
-        from rq.worker import BaseWorker
-
-        connection = self._queue.connection
-        known: dict[str, bool] = {}
-        try:
-            connected = {client.get("name") for client in connection.client_list()}
-            known = dict.fromkeys(workers & connected, True)
-            missing = sorted(workers - connected)
-            if missing:
-                now, _ = connection.time()
-                began = now - int(connection.info("server")["uptime_in_seconds"])
-                with connection.pipeline(transaction=False) as pipeline:
-                    for worker in missing:
-                        pipeline.hget(BaseWorker.redis_worker_namespace_prefix + worker, "birth")
-                    births = dict(zip(missing, pipeline.execute(), strict=True))
-                # A worker that is older than this Redis server lost the name with its connection.
-                known.update({worker: False for worker, birth in births.items() if _is_after(birth, began)})
-        except (RedisError, KeyError, ValueError):
-            pass  # not allowed here, or a proxy in between: not known
-        return known
 
     async def close(self) -> None:
         """Close a client that was made here; never a user's."""
@@ -251,43 +274,9 @@ class RqAdapter(BackendAdapter):
     _owned: Any = None
 
 
-_STATES = {
-    "queued": "queued",
-    "deferred": "queued",
-    "scheduled": "queued",
-    "created": "queued",
-    "started": "running",
-    "finished": "done",
-    "failed": "failed",
-    "stopped": "failed",
-    "canceled": "failed",
-}
-
-
-def _state(status: str, worker: str, alive: bool | None, parked: bytes | None) -> BackendState:
-    if not status:
-        return BackendState("gone", "RQ has no such job", parked)
-    detail = f"RQ's job is {status}"
-    if status != "started":
-        return BackendState(_STATES.get(status, "unknown"), detail, parked)
-    if alive is None:
-        return BackendState("unknown", f"{detail}, whether its worker {worker} lives is not known", parked)
-    if alive:
-        return BackendState("running", f"{detail}, its worker {worker} is there", parked)
-    return BackendState("lost", f"{detail}, and its worker {worker} has left Redis", parked)
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value or "")
-
-
-def _is_after(birth: Any, moment: float) -> bool:
-    from rq.utils import utcparse
-
-    try:
-        return bool(utcparse(_text(birth)).timestamp() > moment)
-    except (ValueError, TypeError):
-        return False
+def _key(frame: Frame) -> str | None:
+    key: str | None = (frame.get("delivery") or {}).get("key")
+    return key
 
 
 def _carries_bytes(serializer: Any) -> bool:

@@ -11,7 +11,7 @@ from aiohttp import web
 from wove import frames
 from wove.callback_server.decoding import MAX_EXECUTION
 from wove.callback_server.guard import Guard, refusal
-from wove.callback_server.replies import gone, reply
+from wove.callback_server.replies import gone, reply, unauthorized
 from wove.security import beat_tag, cancel_tag, same
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Beats:
         for beat in beating:
             beat.run.watchers.add(wake)
             self._contacts.heard(request.protocol, beat.run, beat.execution)
-            if not beat.execution.over:
+            if not beat.execution.over and beat.execution.attempt >= beat.run.attempt:
                 beat.run.sink([beat.run.event(frames.HEARTBEAT)])
         try:
             async with asyncio.timeout(hold):
@@ -87,18 +87,28 @@ class Beats:
         """Read ``hold SECONDS`` and ``run|stopping ID EXECUTION ATTEMPT COUNT KID TAG`` lines, verified."""
         hold = MAX_HOLD
         beating = []
-        any_gone = False
+        named = False
+        refused = False
         for line in bytes(body).decode("ascii", "replace").split("\n")[: MAX_RUNS_IN_BEAT + 1]:
             words = line.split(" ")
             if words[0] == "hold" and len(words) == 2:
                 hold = _seconds(words[1])
             elif words[0] in ("run", "stopping") and len(words) == 7:
                 beat = self._verified_beat(*words)
-                any_gone = any_gone or beat is None
                 if beat is not None:
                     beating.append(beat)
+                else:
+                    refused = refused or self._runs.get(words[1]) is not None
+                named = True
         if not beating:
-            raise gone(request) if any_gone else refusal(web.HTTPBadRequest())
+            # Only what is closed is gone: a repeated beat, or a wrong one, says nothing of its run.
+            raise (
+                unauthorized(request)
+                if refused
+                else gone(request)
+                if named
+                else refusal(web.HTTPBadRequest())
+            )
         return hold, beating
 
     def _verified_beat(

@@ -12,6 +12,8 @@ from wove.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from typing_extensions import Buffer
+
     from wove.callback_server.runs import OpenRun
     from wove.callback_server.tls import ListenerTls
     from wove.frames import Frame
@@ -46,6 +48,12 @@ class Lease:
             raise RuntimeError("the callback listener was released")
         self._sink = run.sink
         self._listener.open_run(run)
+
+    def renew_run(self, run: OpenRun, attempt: int, message: list[Buffer] | None) -> None:
+        """Begin another attempt of an open run; whoever is at an earlier one is told to stop."""
+        run.renew(attempt, message)
+        if self._listener is not None:
+            self._listener.wake_run(run)
 
     def close_run(self, run_id: str) -> None:
         """Take no more events for a run."""

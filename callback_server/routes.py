@@ -48,10 +48,6 @@ logger = logging.getLogger("wove.callback_server")
 MAX_NEWS = 256 * 1024
 #: Bodies from this size, in bytes, are verified and decoded in a thread of their own.
 THREAD_FROM = 1024 * 1024
-#: Seconds since its last word within which an execution without an open connection may yet speak.
-FRESH_CONTACT = 2.0
-#: Seconds since its last word within which an execution with an open connection is at work.
-ALIVE_CONTACT = 8.0
 #: Seconds after which a worker may ask again for leave to start.
 ASK_AGAIN = 0.5
 #: Seconds that an outcome gets to arrive after a backend has said that the run failed.
@@ -109,10 +105,15 @@ class Routes:
             self._check_leave(run, run.executions.get(name), last)
         execution = run.execution(name, last["attempt"])
         if execution is not None:
+            if last.get("fence"):
+                execution.retry = _whole(last.get("retry"))
             # Who does not name its execution, or closes its connection, is not known by it.
             known = name and request.keep_alive
             self._contacts.heard(request.protocol if known else None, run, execution)
-        run.worker = last.get("worker", run.worker)
+            if execution.over and last["type"] == frames.TASK_RETRY:
+                return reply(204)  # the next execution is at work already
+        if last["attempt"] >= run.attempt and not (execution is not None and execution.over):
+            run.worker = last.get("worker", run.worker)
         if last["type"] == frames.TASK_RETRY and execution is not None:
             # The next execution may be long in coming, and anywhere.
             execution.over = True
@@ -124,10 +125,9 @@ class Routes:
 
     def _end(self, run: OpenRun, batch: list[Frame]) -> web.Response:
         last = batch[-1]
-        failed = last["type"] == frames.TASK_ERROR
-        if failed and last["attempt"] < run.attempt:
+        if last["type"] != frames.TASK_RESULT and last["attempt"] < run.attempt:
             return reply(204)  # a newer attempt is at work
-        if failed and last["error"].get("source") == "backend":
+        if last["type"] == frames.TASK_ERROR and last["error"].get("source") == "backend":
             # A lost worker is no outcome before the run has no attempt left.
             if run.lost < run.attempt:
                 run.lost = run.attempt
@@ -139,6 +139,8 @@ class Routes:
 
     def _check_leave(self, run: OpenRun, asking: Execution | None, frame: Frame) -> None:
         """A worker asks before it starts: may it?"""
+        if frame["attempt"] < run.attempt:
+            raise web.HTTPGone(headers=ENDED)
         if run.cancelled:
             # The run ends here, and never starts.
             self._close_with(
@@ -150,17 +152,21 @@ class Routes:
                 ],
             )
             raise web.HTTPGone(headers=ENDED)
-        if frame["attempt"] < run.attempt:
-            raise web.HTTPGone(headers=ENDED)
         now = time.monotonic()
+        since = run.asks.setdefault(frame.get("execution", ""), now)
+        retry = _whole(frame.get("retry"))
         for other in run.living():
             if other is asking:
                 continue
-            silence = now - other.last_contact
-            if other.connections and silence < ALIVE_CONTACT:
+            if retry > other.retry:
+                other.over = True  # the backend itself has given that one up
+            elif other.last_contact > since:
+                # It has spoken while this one waited: it is alive.
                 raise web.HTTPConflict
-            if silence < FRESH_CONTACT:
+            elif not other.seems_dead(now):
+                run.asked_at = now
                 raise web.HTTPServiceUnavailable(headers={"Retry-After": str(ASK_AGAIN)})
+        run.asks.clear()
 
     def _close_with(self, run: OpenRun, batch: list[Frame]) -> None:
         self._runs.close(run.run_id)
@@ -178,7 +184,7 @@ class Routes:
         # Its size is a backend's, not a request's: the listener stays free meanwhile.
         batch = await in_thread(open_parked, run, blob)
         if self._runs.get(run_id) is run:
-            self._close_with(run, batch)
+            self._end(run, batch)
 
     # --- large payloads ---------------------------------------------------------
 
@@ -230,7 +236,12 @@ class Routes:
             return  # its outcome has arrived, or another attempt is at work
         last_line = reason.strip().rsplit("\n", 1)[-1]
         message = f"the backend says that the job failed before it reported an outcome: {last_line}"
-        self._end(run, [run.event(frames.TASK_ERROR, error=lost(message, reason))])
+        if run.on_suspect is None:
+            self._end(run, [run.event(frames.TASK_ERROR, error=lost(message, reason))])
+            return
+        # An outcome may have been left with the job: it is looked for first.
+        run.obituary = lost(message, reason)
+        run.on_suspect(run)
 
     # --- shared -----------------------------------------------------------------
 
@@ -271,6 +282,10 @@ def _verify_and_decode(
             raise web.HTTPBadRequest(text=cut(str(exc), 500)) from None
         # An outcome that nobody can read is an outcome all the same: nothing else will come.
         return [run.event(frames.TASK_ERROR, error=normalize_exception(exc, source="worker"))]
+
+
+def _whole(value: object) -> int:
+    return value if type(value) is int and value > 0 else 0
 
 
 def _split_job_id(job_id: str) -> tuple[str, int]:

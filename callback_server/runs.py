@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 MAX_CANCELLED = 4096
 #: Ids of runs that have ended, by which work that nobody waits for is told from work that is done.
 MAX_ENDED = 4096
+#: Seconds that a worker gets to come back after it has lost its connections.
+RECONNECT_SECONDS = 1.0
+#: Seconds without a word after which nobody waits for an execution any more: beats come every five.
+ALIVE_SECONDS = 8.0
 #: Executions of one run that are followed: each broker redelivery makes one more.
 MAX_EXECUTIONS = 64
 
@@ -35,11 +39,12 @@ class Execution:
         beats: the count of its last beat.
         connections: those of its process that are open, as far as known.
         last_contact: when it was last heard of, in monotonic seconds.
+        retry: how often the backend itself had run the payload before.
         suspect_since: when the last of its connections was lost; None while one is open.
         over: it has ended, or nothing that it says counts any more.
     """
 
-    __slots__ = ("attempt", "beats", "connections", "last_contact", "over", "suspect_since")
+    __slots__ = ("attempt", "beats", "connections", "last_contact", "over", "retry", "suspect_since")
 
     def __init__(self, attempt: int) -> None:
         self.attempt = attempt
@@ -48,6 +53,13 @@ class Execution:
         self.last_contact = time.monotonic()
         self.suspect_since: float | None = None
         self.over = False
+        self.retry = 0
+
+    def seems_dead(self, now: float) -> bool:
+        """Tell whether it has had its time to come back, or to beat."""
+        if self.suspect_since is not None and now - self.suspect_since > RECONNECT_SECONDS:
+            return True
+        return now - self.last_contact > ALIVE_SECONDS
 
 
 class OpenRun:
@@ -70,7 +82,7 @@ class OpenRun:
     """
 
     __slots__ = (
-        "_keys", "attempt", "cancelled", "cancelled_at", "closed", "environment", "executions", "heartbeat", "job", "lost", "max_body", "message", "nonce",
+        "_keys", "asked_at", "asks", "attempt", "cancelled", "cancelled_at", "closed", "environment", "executions", "heartbeat", "job", "lost", "max_body", "message", "nonce", "obituary",
         "on_suspect", "opened_at", "plain", "ring", "run_id", "sink", "task_id", "watchers", "worker",
     )  # fmt: skip
 
@@ -105,6 +117,11 @@ class OpenRun:
         self.cancelled = False
         #: When it was cancelled, in monotonic seconds.
         self.cancelled_at = 0.0
+        #: When which execution first asked for leave to start, and when one was last told to wait.
+        self.asks: dict[str, float] = {}
+        self.asked_at = 0.0
+        #: What the backend has said of its end, in the form of an error.
+        self.obituary: dict[str, Any] | None = None
         #: The attempt whose worker was reported dead; that is said once.
         self.lost = 0
         #: No events are taken for it any more.
@@ -144,8 +161,12 @@ class OpenRun:
     def execution(self, name: str, attempt: int) -> Execution | None:
         """Return the execution of that name, new or known; None when there are too many."""
         execution = self.executions.get(name)
-        if execution is None and len(self.executions) < MAX_EXECUTIONS:
-            execution = self.executions[name] = Execution(attempt)
+        if execution is None:
+            if len(self.executions) >= MAX_EXECUTIONS:
+                for past in [key for key, known in list(self.executions.items()) if known.over]:
+                    del self.executions[past]
+            if len(self.executions) < MAX_EXECUTIONS:
+                execution = self.executions[name] = Execution(attempt)
         return execution
 
     def renew(self, attempt: int, message: list[Buffer] | None) -> None:
@@ -154,6 +175,8 @@ class OpenRun:
         self.message = message
         self.job = f"{self.run_id}-{attempt}"
         self.opened_at = time.monotonic()
+        self.obituary = None
+        self.asks.clear()
         self.forsake()
 
     def forsake(self) -> None:
@@ -220,6 +243,10 @@ class OpenRuns:
                     self._ended.popitem(last=False)
             _wake(run)
         return run
+
+    def wake(self, run: OpenRun) -> None:
+        """Let the beats that are held for a run look at it again."""
+        _wake(run)
 
     def forgive(self) -> None:
         """Nobody could be heard for a while: that silence is not the workers'."""

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import socket
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
@@ -22,8 +23,6 @@ from wove.callback_server.runs import OpenRuns
 from wove.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    import socket
-
     from wove.callback_server.runs import OpenRun
     from wove.callback_server.tls import ListenerTls
 
@@ -137,6 +136,10 @@ class CallbackListener:
         """Take no more events for these runs; ``ended`` tells whether they are over."""
         self._call(lambda: [self.runs.close(run_id, ended=ended) for run_id in run_ids])
 
+    def wake_run(self, run: OpenRun) -> None:
+        """Let the run's workers hear that another attempt has begun."""
+        self._call(self.runs.wake, run)
+
     def cancel_run(self, run_id: str) -> None:
         """Tell the run's worker to stop."""
         self._call(self.runs.cancel, run_id)
@@ -210,6 +213,8 @@ class CallbackListener:
             )
             # asyncio shows its sockets, and not what takes to close them in a forked child.
             self._sockets = [getattr(sock, "_sock", sock) for sock in listening.sockets]
+            for accepting in self._sockets:
+                _notice_black_holes(accepting)
             if self.tls is not None:
                 door = TlsDoor(server, self.tls.context, self.guard.max_connections // 2)
                 door.open(self._sockets, BACKLOG)
@@ -242,3 +247,17 @@ class CallbackListener:
                 loop.remove_reader(listening.fileno())
         for _ in range(3):
             await asyncio.sleep(0)
+
+
+def _notice_black_holes(listening: Any) -> None:
+    """Let the kernel find out that a peer does not answer any more; accepted sockets inherit this.
+
+    A frozen process still answers: its kernel does. So this tells a dead line from a dead worker.
+    """
+    for name, value in (("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+        option = getattr(socket, name, None)
+        if option is not None:
+            with suppress(OSError):
+                listening.setsockopt(socket.IPPROTO_TCP, option, value)
+    with suppress(OSError):
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

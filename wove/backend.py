@@ -28,6 +28,9 @@ FETCH_FROM = 256 * 1024
 
 VERSION = 1
 
+#: What the fields of runs that share another one's job begin with; see :func:`shared_name`.
+JOINED = "joined:"
+
 
 @dataclass(frozen=True, slots=True)
 class BuiltPayload:
@@ -90,6 +93,9 @@ def build_payload(
         "expires": expires,
         "plain": plain,
     }
+    if delivery.get("key") is not None:
+        # By which backends that can do so let runs of other processes share the job.
+        head["key"] = delivery["key"]
     call = _encode_call(frame, attachments, plain)
     # Work that may outlive its submitter has to have everything with it.
     if delivery.get("keep") or sum(memoryview(part).nbytes for part in attachments) < FETCH_FROM:
@@ -161,6 +167,19 @@ def job_id(frame: Frame) -> str:
     """
     attempt = (frame.get("delivery") or {}).get("attempt", 1)
     return str(frame["run_id"]) if attempt == 1 else f"{frame['run_id']}-{attempt}"
+
+
+def shared_name(environment: str, queue: str, key: str) -> str:
+    """Return the name under which a backend keeps who shares the runs with an idempotency key.
+
+    Of a fixed length, and the same in every process.
+    """
+    parts = hashlib.sha256()
+    for part in (environment, queue, key):
+        encoded = part.encode("utf-8", "surrogatepass")
+        # With their lengths, so that no two ways to cut the text are the same.
+        parts.update(f"{len(encoded)}:".encode() + encoded)
+    return f"wove:shared:{parts.hexdigest()[:32]}"
 
 
 def failure_webhook(

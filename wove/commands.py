@@ -42,7 +42,7 @@ def again_frame(frame: Frame, policy: DeliveryPolicy, attempt: int, *, attended:
     delivery = _delivery(policy, attempt)
     if not attended:
         delivery["attended"] = False
-    elif "key" in frame["delivery"]:
+    if "key" in frame["delivery"]:
         delivery["key"] = frame["delivery"]["key"]
     return {**frame, "delivery": delivery}
 

@@ -150,7 +150,9 @@ class RunTable:
     def submitted(self, run_id: str, attempt: int = 1) -> None:
         """The backend has accepted that attempt of the run."""
         run = self._open.get(run_id)
-        if run is not None and run.attempt == attempt and run.submitted_at is None:
+        if run is None or run.state is RunState.LOST:
+            return
+        if run.attempt == attempt and run.submitted_at is None:
             run.submitted_at = self._clock()
             if run.state is RunState.QUEUED:
                 run.state = RunState.SUBMITTED
@@ -165,6 +167,7 @@ class RunTable:
         if run is None or run.state is not RunState.LOST:
             return None
         run.state = RunState.QUEUED
+        run.submitted_at = None
         run.attempt += 1
         run.attempt_at = self._clock()
         self._watch(run)
@@ -174,11 +177,20 @@ class RunTable:
         """End a run with an error that arose on this side."""
         return self._close(run_id, "error", exception=exception, cancel_work=cancel_work)
 
-    def refuse(self, run_id: str, exception: BaseException) -> Outcome | Resubmission | None:
-        """The backend did not accept the run; it may be submitted again."""
+    def refuse(
+        self, run_id: str, exception: BaseException, attempt: int = 1, *, final: bool = False
+    ) -> Outcome | Resubmission | None:
+        """The backend did not accept that attempt of the run.
+
+        It may be submitted again, unless that is ``final``: what cannot be sent will not be
+        sent the next time. A worker's word counts for more than a lost answer of the backend:
+        a run that has started was accepted.
+        """
         run = self._open.get(run_id)
-        if run is None:
+        if run is None or run.attempt != attempt or run.state is RunState.LOST or run.started_at is not None:
             return None
+        if final:
+            return self._close(run_id, "error", exception=exception)
         return self._lose(run, safe_text(exception, 500), lambda: exception, cancel_work=False)
 
     def cancel(self, run_id: str) -> Outcome | None:
@@ -232,7 +244,9 @@ class RunTable:
         kind = frame["type"]
         if kind == frames.TASK_RESULT:
             return False  # of whichever attempt: the work is done
-        if frame["attempt"] < run.attempt or run.state is RunState.LOST:
+        # Between a loss and the next attempt the task's own word still counts: it was not lost.
+        own_end = kind in frames.TERMINAL and not is_loss(frame.get("error"))
+        if frame["attempt"] < run.attempt or (run.state is RunState.LOST and not own_end):
             self.dropped["stale"] += 1
             return True
         execution = frame.get("execution")

@@ -40,7 +40,9 @@ logger = logging.getLogger("wove.dispatch")
 
 #: How long, in seconds, starting and stopping an executor may take.
 START_SECONDS = 30.0
-STOP_SECONDS = 4.0
+STOP_SECONDS = 3.0
+#: How long, in seconds, stopping waits for the last messages to workers and the backend.
+FAREWELL_SECONDS = 1.5
 #: Seconds after the first submission without any answer in which a warning says what to look at.
 SILENCE_SECONDS = 30.0
 #: Longest name of a task, in characters.
@@ -152,7 +154,7 @@ class Dispatcher:
             self._orphan(run)
         # Also those of callers that were cancelled a moment ago, by Ctrl-C for one.
         if self._farewells and self._broken is None:
-            await asyncio.wait(self._farewells, timeout=STOP_SECONDS / 2)
+            await asyncio.wait(self._farewells, timeout=FAREWELL_SECONDS)
         self._alarm.stop()
         if self._silence is not None:
             self._silence.cancel()
@@ -160,7 +162,7 @@ class Dispatcher:
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=1.0)
+            await asyncio.wait(tasks, timeout=0.3)
         await self._stop_executor()
 
     def _orphan(self, run: Run) -> None:
@@ -189,8 +191,8 @@ class Dispatcher:
 
     async def _requeue(self, run: Run, frame: Frame) -> None:
         """Put started work back on the queue; nobody waits for it."""
+        await self._send_cancel(run)
         try:
-            await self.executor.send(cancel_frame(run))
             await self.executor.send(again_frame(frame, run.policy, run.attempt + 1, attended=False))
         except Exception:
             logger.warning("environment %r: requeueing run %s failed", self.name, run.run_id, exc_info=True)
@@ -314,6 +316,7 @@ class Dispatcher:
             ) from self._broken
 
     async def _submit(self, run: Run, frame: Frame) -> None:
+        attempt = frame["delivery"]["attempt"]
         try:
             await self.executor.send(frame)
         except asyncio.CancelledError as exc:
@@ -321,13 +324,12 @@ class Dispatcher:
                 raise
             error = SubmitError(f"the executor of environment {self.name!r} cancelled its own send()")
             error.__cause__ = exc
-            self._follow(self.table.fail(run.run_id, error))
-        except SubmitError as exc:
-            self._follow(self.table.refuse(run.run_id, exc))
+            self._follow(self.table.refuse(run.run_id, error, attempt, final=True))
         except Exception as exc:
-            self._follow(self.table.fail(run.run_id, exc))
+            final = not isinstance(exc, SubmitError)
+            self._follow(self.table.refuse(run.run_id, exc, attempt, final=final))
         else:
-            self.table.submitted(run.run_id, frame["delivery"]["attempt"])
+            self.table.submitted(run.run_id, attempt)
             if self._silence is None:
                 self._silence = self._loop.call_later(SILENCE_SECONDS, self._warn_of_silence)
 
@@ -434,6 +436,8 @@ class Dispatcher:
         waiter = self._waiters.get(run.run_id)
         if outcome.cancel_work:
             self._stop_work(run, waiter)
+        elif run.attempt > 1 and waiter is not None and waiter.sending is not None:
+            waiter.sending.cancel()  # an earlier attempt has done the work
         if outcome.kind == "timeout" and outcome.exception is None:
             text = (
                 f"run {run.run_id} of {run.task_id} in environment {self.name!r} was cancelled, and its worker did not "

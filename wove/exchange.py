@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.backend import encode_arguments
-from wove.errors import ProtocolError, normalize_exception, safe_text
+from wove.errors import ProtocolError, lost, normalize_exception, safe_text
 from wove.remote_errors import decode_exception
 from wove.wire import decode_value, encode_callable, pack_message, unpack_message
 
@@ -74,14 +74,7 @@ def encode_note(kind: str, **fields: Any) -> list[Buffer]:
 
 def lost_frame(run_id: str, task_id: str, message: str, *, attempt: int = 1, seq: int = 1) -> Frame:
     """Build the event that ends a run whose worker is gone: the waiter gets ``WorkerLostError``."""
-    error = {
-        "kind": "WorkerLostError",
-        "message": message,
-        "traceback": "",
-        "retryable": True,
-        "source": "backend",
-    }
-    return frames.event(frames.TASK_ERROR, run_id, task_id, attempt, seq, error=error)
+    return frames.event(frames.TASK_ERROR, run_id, task_id, attempt, seq, error=lost(message))
 
 
 class Packet:

@@ -58,8 +58,12 @@ class DeliveryPolicy:
         return self.retries > 0 or self.orphan_policy == "requeue"
 
 
+#: Longest time of a setting, in seconds: some thirty years.
+MAX_SECONDS = 1e9
+
+
 def _positive(value: object) -> bool:
-    return value is None or (type(value) in (int, float) and 0 < value < float("inf"))  # type: ignore[operator]
+    return value is None or (type(value) in (int, float) and 0 < value <= MAX_SECONDS)  # type: ignore[operator]
 
 
 def _count(value: object) -> bool:
@@ -98,7 +102,7 @@ def _check_setting(key: str, value: object) -> None:
         raise ConfigurationError(f"unknown delivery setting {key!r}{nearest(key, SETTINGS)}")
     accepts, wanted = check
     if not accepts(value):
-        raise ConfigurationError(f"{key} is {wanted}; got {value!r}")
+        raise ConfigurationError(f"{key} is {wanted}; got {value!r:.200}")
 
 
 def nearest(name: str, known: Any) -> str:

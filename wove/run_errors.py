@@ -75,9 +75,10 @@ def add_history(exception: BaseException, run: Run) -> None:
     payload = getattr(exception, "payload", None)
     if isinstance(exception, WorkerLostError) and isinstance(payload, dict):
         payload["attempts"] = [dict(entry) for entry in run.history]
-    if len(run.history) < 2 and run.attempt == 1:
+    count = len(run.history)
+    if not count or (count == 1 and run.attempt == 1):
         return
-    lines = [f"{len(run.history)} executions came to nothing:"]
+    lines = [f"{count} execution{'s' if count > 1 else ''} came to nothing:"]
     for entry in run.history:
         place = f" on {entry['host']}" if "host" in entry else ""
         place += f" (pid {entry['pid']})" if "pid" in entry else ""

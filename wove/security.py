@@ -36,7 +36,8 @@ TAG_SIZE = 32
 #: Bytes of a run's nonce.
 NONCE_SIZE = 16
 
-_MAGIC = b"WOVE\x01"
+#: How every payload begins: the name, and the version of what follows.
+PAYLOAD_MAGIC = b"WOVE\x01"
 _LENGTH = struct.Struct(">I")
 
 
@@ -64,7 +65,7 @@ def seal_payload(ring: SecretRing, environment: str, message: Sequence[Buffer]) 
     """Sign a message for the broker: magic, key id, environment, signature, message."""
     kid, name = ring.primary.kid.encode(), environment.encode()
     tag = _payload_tag(ring.primary, kid, name, message)
-    return b"".join((_MAGIC, bytes((len(kid),)), kid, bytes((len(name),)), name, tag, *message))
+    return b"".join((PAYLOAD_MAGIC, bytes((len(kid),)), kid, bytes((len(name),)), name, tag, *message))
 
 
 def open_payload(ring: SecretRing, payload: bytes) -> tuple[str, Secret, memoryview]:
@@ -76,10 +77,10 @@ def open_payload(ring: SecretRing, payload: bytes) -> tuple[str, Secret, memoryv
     Raises:
         PayloadRejectedError: the payload is not Wove's, or not signed by a known secret.
     """
-    if not payload.startswith(_MAGIC):
+    if not payload.startswith(PAYLOAD_MAGIC):
         raise PayloadRejectedError("not a Wove payload, or one of another protocol version")
     try:
-        at = len(_MAGIC)
+        at = len(PAYLOAD_MAGIC)
         kid, at = _short_field(payload, at)
         name, at = _short_field(payload, at)
     except IndexError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import logging
 from typing import TYPE_CHECKING, Any
 
 from wove.errors import ConfigurationError, DeliveryTimeoutError, safe_text
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from wove.waiter import OnProgress
+
+logger = logging.getLogger("wove.dispatch")
 
 #: Longest key, in characters.
 MAX_KEY = 1_000
@@ -87,7 +90,10 @@ class _Shared:
     def report(self, frame: Mapping[str, Any]) -> None:
         """Hand progress to every caller that asked for it."""
         for listener in tuple(self.listeners):
-            listener(frame)
+            try:
+                listener(frame)
+            except Exception:
+                logger.exception("on_progress failed for run %s", frame.get("run_id"))
 
 
 class SharedCalls:
@@ -150,9 +156,10 @@ class SharedCalls:
         func: Callable[..., Any],
         begin: Callable[[OnProgress], Coroutine[Any, Any, Any]],
     ) -> _Shared:
-        shared = self._open[key] = _Shared(callable_name(func))
+        shared = _Shared(callable_name(func))
         # A task of its own: it belongs to no caller more than to another.
         shared.task = asyncio.create_task(begin(shared.report), name="wove-shared-run")
+        self._open[key] = shared
         shared.task.add_done_callback(lambda _: self._forget(key, shared))
         return shared
 
@@ -206,4 +213,7 @@ def _own(exception: BaseException) -> BaseException:
     twin.__context__ = exception.__context__
     twin.__suppress_context__ = exception.__suppress_context__
     twin.__traceback__ = exception.__traceback__
+    notes = getattr(exception, "__notes__", None)
+    if notes is not None:
+        twin.__notes__ = list(notes)
     return twin

@@ -279,6 +279,10 @@ def pack_message(envelope: Mapping[str, Any], attachments: Sequence[Buffer]) -> 
 
 
 _PARKED = b"wove/1 parked"
+#: Under which name a backend keeps an outcome that could not be delivered, and, where it needs an
+#: id of its own there, what that has after the job's id.
+PARKED = "wove_outcome"
+PARKED_SUFFIX = "-outcome"
 
 
 def park(kid: str, tag: bytes, body: Sequence[Buffer]) -> bytes:

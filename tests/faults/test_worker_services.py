@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from wove_tests import tasks
-from wove_tests.loop_proxy import Proxy
+from wove_tests.line import Proxy
 from wove_tests.services import WorkerService, child_pids
 from wove_tests.waiting import until, until_exists, until_states
 

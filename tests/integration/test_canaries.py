@@ -128,10 +128,8 @@ async def test_nothing_shows_a_secret(
         async with ExecutorRuntime({"reports": {**definition, "delivery_start_timeout": 2}}) as runtime:
             await look(runtime["reports"].run(tasks.echo, 1))
     key = "broker_url" if backend == "celery" else "redis_url"
-    dead = {
-        **definition,
-        "executor_config": {**config, key: broker.replace("127.0.0.1:", "127.0.0.1:1")[:-7] + "/0"},
-    }
+    nowhere = broker.partition("@127.0.0.1:")[0] + "@127.0.0.1:1/0"
+    dead = {**definition, "executor_config": {**config, key: nowhere}}
     with contextlib.suppress(Exception):
         async with ExecutorRuntime({"reports": {**dead, "delivery_timeout": 4}}) as runtime:
             await look(runtime["reports"].run(tasks.echo, 1))

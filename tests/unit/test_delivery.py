@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import random
 import secrets
 import tracemalloc
@@ -121,7 +122,7 @@ class TestOutcomes:
         assert where == (
             f"in run {RUN} of app.task, environment 'reports', on worker w1 pid 7, celery job j1, attempt 2"
         )
-        assert history == "1 executions came to nothing:\n  attempt 1, after 0 s: signal 9 (SIGKILL)"
+        assert history == "1 execution came to nothing:\n  attempt 1, after 0 s: signal 9 (SIGKILL)"
 
     def test_an_error_of_the_first_attempt_says_where_and_no_more(self, table: RunTable) -> None:
         opened(table)
@@ -607,15 +608,19 @@ class TestLostDeliveries:
         clock.advance(100)
         assert table.expire() == []  # nobody is silent who was not asked to speak
 
-    def test_who_was_given_up_may_yet_bring_the_result_and_nothing_else(self, table: RunTable) -> None:
+    @pytest.mark.parametrize("end", ["task_result", "task_error", "task_cancelled"])
+    def test_who_was_given_up_may_yet_bring_the_outcome_and_nothing_else(
+        self, table: RunTable, end: str
+    ) -> None:
+        # Before it is submitted again: then its own word is newer than that of its death.
         opened(table, retries=1)
         table.apply(loss())
-        kinds = sorted(frames.EVENTS - {frames.TASK_RESULT})
+        kinds = sorted(frames.EVENTS - frames.TERMINAL)
         for number, kind in enumerate(kinds, start=2):
             assert table.apply(event(kind, seq=number)) == (False, None, None)
         assert table.apply(loss()) == (False, None, None)
         assert table.dropped == {"stale": len(kinds) + 1}
-        assert ended(outcome_of(table, event("task_result", seq=1))).kind == "result"
+        assert ended(outcome_of(table, event(end, seq=1))).kind == end.removeprefix("task_")
 
     def test_a_second_loss_of_an_earlier_attempt_costs_no_retry(self, table: RunTable) -> None:
         run = opened(table, retries=1)
@@ -667,13 +672,27 @@ class TestRefusals:
         assert run.state == "lost"
         table.resubmit(RUN)
         error = SubmitError("still down")
-        assert ended(table.refuse(RUN, error)).exception is error
+        assert table.refuse(RUN, SubmitError("the first one's answer, late"), 1) is None
+        assert ended(table.refuse(RUN, error, 2)).exception is error
         (note,) = error.__notes__
         assert note == (
             "2 executions came to nothing:\n"
             "  attempt 1, after 0 s: the broker is down\n"
             "  attempt 2, after 0 s: still down"
         )
+
+    def test_a_worker_has_it_whatever_the_backend_says(self, table: RunTable) -> None:
+        table.open(RUN, "app.task", DeliveryPolicy(retries=1))
+        table.apply(event("task_started"))
+        assert table.refuse(RUN, SubmitError("its answer was lost", maybe_accepted=True)) is None
+        outcome = outcome_of(table, event("task_result", seq=2))
+        assert outcome is not None
+        assert outcome.kind == "result"
+
+    def test_what_cannot_be_sent_is_not_sent_again(self, table: RunTable) -> None:
+        table.open(RUN, "app.task", DeliveryPolicy(retries=3))
+        error = TypeError("an argument")
+        assert ended(table.refuse(RUN, error, final=True)).exception is error
 
     def test_a_run_that_has_ended_can_not_be_refused(self, table: RunTable) -> None:
         opened(table)
@@ -812,6 +831,20 @@ class TestDeadlinesOfLostRuns:
         assert isinstance(ended(outcome).exception, DeliveryTimeoutError)
         assert table.resubmit(RUN) is None
 
+    def test_a_lost_run_keeps_its_timeout_when_old_deadlines_were_cleared_away(
+        self, table: RunTable, clock: Clock
+    ) -> None:
+        opened(table, retries=1, timeout=30, heartbeat_seconds=2)
+        table.apply(event("task_started"))
+        for _ in range(200):
+            run_id = secrets.token_hex(16)
+            opened(table, run_id, timeout=3600)
+            table.fail(run_id, ValueError())
+        clock.advance(2)
+        (again,) = table.expire()
+        assert isinstance(again, Resubmission)
+        assert table.next_deadline() == 1030
+
     def test_a_run_that_is_not_submitted_need_not_start(self, table: RunTable, clock: Clock) -> None:
         opened(table, retries=1, start_timeout=5)
         table.apply(loss())
@@ -932,7 +965,10 @@ class Model:
             return "late"
         if kind == frames.TASK_RESULT:
             return "result"
-        if self.lost or frame["attempt"] < self.attempt:
+        own_end = kind in frames.TERMINAL and not (
+            kind == frames.TASK_ERROR and frame["error"]["source"] == "backend"
+        )
+        if frame["attempt"] < self.attempt or (self.lost and not own_end):
             return "stale"
         execution = frame.get("execution")
         if execution is not None and kind not in frames.TERMINAL:
@@ -1004,11 +1040,15 @@ STEPS: dict[str, dict[str, list[Any]]] = {
         "kind": [*sorted(frames.EVENTS), "loss", "submission"],
         "who": WHO,
     },
-    "duplicate": {"back": list(range(10)), "of_open_run": [True, True, False]},
+    "duplicate": {"back": [0, 0, 0, 1, 1, 2, 3, 5, 7, 9], "of_open_run": [True, True, False]},
     "malformed_event": {"which": WHICH, "flaw": FLAWS},
     "let_time_pass": {"seconds": MOMENTS},
     "let_time_pass_while_the_loop_is_busy": {"seconds": MOMENTS},
 }
+
+
+#: Those by which runs come far; the long walks take them more often.
+DEEPER = ["all_goes_well", "submitted_again", "the_backend_says_that_the_worker_is_lost", "duplicate"]
 
 
 def step(name: str) -> Any:
@@ -1021,13 +1061,14 @@ def step(name: str) -> Any:
 CROSSINGS = frozenset(
     {
         *(f"{kind} while {state}: {kind}" for kind in ("result", "error", "cancelled")
-          for state in ("queued", "submitted", "started", "cancelling") if kind != "result"),
+          for state in ("queued", "submitted", "started", "lost", "cancelling") if kind != "result"),
         *(f"result while {state}: result" for state in ("queued", "submitted", "started", "lost", "cancelling")),
         *(f"loss while {state}: again" for state in ("queued", "submitted", "started")),
         *(f"loss while {state}: error" for state in ("queued", "submitted", "started", "cancelling")),
         *(f"retry while {state}: nothing" for state in ("queued", "submitted", "started", "cancelling")),
         *(f"{kind} while {state}: stale" for kind in ("news", "error", "cancelled", "loss", "retry")
-          for state in ("queued", "started", "lost")),
+          for state in ("queued", "started")),
+        *(f"{kind} while lost: stale" for kind in ("news", "loss", "retry")),
         *(f"{kind} while {state}: duplicate" for kind in ("news", "retry") for state in ("submitted", "started")),
         *(f"{kind} while closed: late" for kind in ("news", "result", "error", "cancelled", "loss", "retry")),
         "refusal while queued: again",
@@ -1050,6 +1091,25 @@ CROSSINGS = frozenset(
         "result of an earlier attempt",
     }
 )  # fmt: skip
+
+
+#: What hypothesis meets whenever it runs, although it draws much less.
+OFTEN_MET = (
+    "result while *: result",
+    "loss while *: again",
+    "loss while *: error",
+    "refusal while queued: again",
+    "silence while *",
+    "retry while *: nothing",
+    "resubmission while lost: attempt 2",
+    "cancel while lost: cancelled",
+    "cancel while *: nothing",
+    "*: stale",
+    "*: duplicate",
+    "*: late",
+    "timeout while *: timeout",
+    "start while *: timeout",
+)
 
 
 class DeliveryMachine(RuleBasedStateMachine):
@@ -1155,11 +1215,12 @@ class DeliveryMachine(RuleBasedStateMachine):
     def the_backend_refuses(self, which: int) -> None:
         run_id = self.pick(which, lambda model: model.open and model.queued and not model.lost)
         model, state = self.runs[run_id], self.state(run_id)
-        if model.open and (not model.queued or model.started or model.lost):
+        if model.open and not (model.queued or model.started or model.lost):
             return  # nobody hands such a run over
-        expected = model.lose() if model.open else "nothing"
+        expected = model.lose() if model.open and not (model.started or model.lost) else "nothing"
         self.met[f"refusal while {state}: {expected}"] += 1
-        self.follow(run_id, self.table.refuse(run_id, SubmitError("the broker is down")), expected)
+        refused = self.table.refuse(run_id, SubmitError("the broker is down"), model.attempt)
+        self.follow(run_id, refused, expected)
 
     @precondition(lambda self: self.runs)
     @step("submitted_again")
@@ -1325,7 +1386,7 @@ def test_any_interleaving_leads_to_one_outcome_per_run() -> None:
     run_state_machine_as_test(
         lambda: DeliveryMachine(met),
         settings=settings(
-            max_examples=250,
+            max_examples=200,
             stateful_step_count=50,
             deadline=None,
             database=None,
@@ -1333,18 +1394,18 @@ def test_any_interleaving_leads_to_one_outcome_per_run() -> None:
             report_multiple_bugs=False,
         ),
     )
-    print("MET2", sum(met.values()), len(CROSSINGS), sorted((met[c], c) for c in CROSSINGS)[:40])
+    for crossing in OFTEN_MET:
+        assert fnmatch.filter(met, crossing), f"never met: {crossing}"
 
 
 def test_long_walks_meet_every_crossing() -> None:
     """The same machine without the drawing and shrinking, so much faster; what it never meets is not tested."""
     met: Counter[str] = Counter()
-    for seed in range(40):
+    for seed in range(150):
         chance = random.Random(seed)
         machine = DeliveryMachine(met)
-        for name in ["open", "sign_of_life", *chance.choices(list(STEPS), k=300)]:
+        for name in ["open", "sign_of_life", *chance.choices([*STEPS, *DEEPER], k=300)]:
             getattr(machine, name)(**{key: chance.choice(values) for key, values in STEPS[name].items()})
             machine.always()
         machine.teardown()
-    print("MET", sum(met.values()), sorted((met[c], c) for c in CROSSINGS)[:40])
     assert not CROSSINGS - set(met)

@@ -14,14 +14,12 @@ import wove.network_security as module
 import wove.security
 from wove.errors import ConfigurationError
 from wove.network_security import (
-    AHEAD_MS,
-    MAX_AGE_MS,
     NetworkExecutorSecurity,
     NetworkSecurityError,
-    NonceStore,
     Seal,
     channel_key,
 )
+from wove.nonces import AHEAD_MS, MAX_AGE_MS, NonceStore
 from wove.security import find_secrets
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from wove.adapters.base import BackendAdapter, BackendState
     from wove.callback_server.hub import Lease
+    from wove.callback_server.runs import OpenRun
     from wove.frames import Frame
     from wove.security import SecretRing
 
@@ -46,7 +47,7 @@ LEAST_EXPIRY = 60.0
 #: Seconds that one call of an adapter may take.
 SUBMIT_SECONDS = 30.0
 CONTROL_SECONDS = 10.0
-CLOSE_SECONDS = 2.0
+CLOSE_SECONDS = 1.0
 #: Seconds that a probe may take.
 PROBE_SECONDS = 5.0
 #: Seconds that a running task gets to listen to a cancellation before its process is ended,
@@ -244,9 +245,14 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
     def _settle(self, batch: list[_Waiting], results: list[Any]) -> None:
         for waiting, result in zip(batch, results, strict=True):
             run_id = waiting.frame["run_id"]
+            known = self._lease.find(run_id) if self._lease is not None else None
             refused = isinstance(result, BaseException)
+            if refused and known is not None and _has_it(known, waiting.frame, result):
+                # Only the backend's answer was lost: a worker has it.
+                refused, result = False, None
             # A run that is submitted again keeps its place, and what is said of this attempt is known.
-            if refused and self._lease is not None and not waiting.frame["delivery"].get("again"):
+            again = waiting.frame["delivery"].get("again") and isinstance(result, SubmitError)
+            if refused and self._lease is not None and not again:
                 self._lease.close_run(run_id)
             if waiting.accepted.cancelled():
                 self._settle_cancelled(waiting.frame, result)
@@ -256,9 +262,11 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             else:
                 if run_id in self._open:  # its outcome may have been faster
                     self._open[run_id] = result
-                known = self._lease.find(run_id) if self._lease is not None else None
-                if known is not None and isinstance(result, str):
-                    known.job = result
+                if known is not None:
+                    known.job = result if isinstance(result, str) else known.job
+                    known.opened_at = time.monotonic()
+                    if self._watch is not None:
+                        self._watch.opened(known)
                 waiting.accepted.set_result(None)
 
     def _settle_cancelled(self, frame: Frame, result: Any) -> None:
@@ -346,9 +354,11 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             return  # nobody waits for it: it was put back on the queue as we stop
         attempt = delivery.get("attempt", 1)
         known = lease.find(frame["run_id"])
+        if known is None and attempt > 1:
+            raise SubmitError("the run has ended meanwhile")
         # Before it is submitted: a fast worker may report before the broker has answered us.
         if known is not None:
-            known.renew(attempt, built.message)
+            lease.renew_run(known, attempt, built.message)
         else:
             known = OpenRun(
                 run_id=frame["run_id"],
@@ -365,7 +375,6 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
                 plain=self._plain,
             )
             lease.open_run(known)
-        self._watch.opened(known)
 
     def _public(self, frame: Frame, built: BuiltPayload) -> Frame:
         if not self._wants_webhook or frame["delivery"].get("attended") is False:
@@ -387,15 +396,32 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         adapter, lane, lease = self._adapter, self._lane, self._lease
         if adapter is None or lane is None or lease is None:
             return
-        # First the worker: over its open beat it hears of it at once.
-        lease.cancel_run(run_id)
         frame = {**frame, "started": lease.has_started(run_id)}
         submission = self._open.pop(run_id, None)
-        if frame["started"] and adapter.stops_running:
-            self._in_background(self._escalate(adapter, lane, frame, submission), "wove-escalate")
-        never_starts = await lane.call(
-            lambda: adapter.cancel(run_id, submission, frame), CONTROL_SECONDS, "cancel"
-        )
+        known = lease.find(run_id)
+        if submission is None and known is not None and adapter.is_shared(known.job):
+            submission = known.job  # a lost run: nobody waits for it, others may for its job
+
+        def tell_worker() -> None:
+            # Over its open beat it hears of it at once.
+            lease.cancel_run(run_id)
+            if known is not None and self._watch is not None:
+                self._watch.opened(known)  # to be forgotten, should nobody answer
+            if frame["started"] and adapter.stops_running:
+                self._in_background(self._escalate(adapter, lane, frame, submission), "wove-escalate")
+
+        # First the worker; but not when others may wait for its work: then the adapter knows.
+        asked_first = adapter.is_shared(submission)
+        if not asked_first:
+            tell_worker()
+        never_starts = False
+        try:
+            never_starts = await lane.call(
+                lambda: adapter.cancel(run_id, submission, frame), CONTROL_SECONDS, "cancel"
+            )
+        finally:
+            if asked_first and not never_starts:
+                tell_worker()
         if never_starts:
             lease.close_run(run_id)
             self._acknowledge_cancel(frame)
@@ -438,6 +464,12 @@ def _release_unwanted(preparing: asyncio.Future[tuple[Any, Lease]]) -> None:
     if not preparing.cancelled() and preparing.exception() is None:
         _, lease = preparing.result()
         threading.Thread(target=lease.release, name="wove-release", daemon=True).start()
+
+
+def _has_it(run: OpenRun, frame: Frame, refusal: Any) -> bool:
+    """Tell whether a worker has spoken of that attempt although the backend seems to have refused it."""
+    attempt = frame["delivery"].get("attempt", 1)
+    return isinstance(refusal, SubmitError) and run.attempt == attempt and run.started
 
 
 def _copy(exc: Exception) -> Exception:

@@ -12,7 +12,6 @@ from wove.errors import ConfigurationError
 from wove.executors.base import EnvironmentExecutor, FrameChannel
 from wove.executors.events import CommandEncoder, EventDecoder
 from wove.executors.settings import check_keys, whole_number
-from wove.threads import in_thread
 from wove.wire import require_msgpack
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class StdioEnvironmentExecutor(EnvironmentExecutor):
             max_tasks_per_process=whole_number(environment_config, "max_tasks_per_process", None),
             idle_seconds=_idle_seconds(environment_config),
         )
-        await in_thread(self._children.start)
+        await self._children.start()
 
     async def send(self, frame: Frame) -> None:
         """Take a command; see :meth:`EnvironmentExecutor.send`."""
@@ -93,7 +92,7 @@ class StdioEnvironmentExecutor(EnvironmentExecutor):
         """End the processes; see :meth:`EnvironmentExecutor.stop`."""
         children, self._children = self._children, None
         if children is not None:
-            await in_thread(children.close)
+            await children.close()
         if self._encoder is not None:
             self._encoder.close()
         if self._decoder is not None:

@@ -17,7 +17,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 from wove import frames
-from wove.errors import lost, safe_text
+from wove.errors import WoveError, lost, safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -39,6 +39,10 @@ QUIET = 7.0
 UNSTARTED = (5.0, 10.0, 20.0, 30.0)
 #: Seconds between two questions about the same started run; the first ones come sooner.
 AGAIN = (1.0, 2.0, 5.0)
+#: The part of the silence allowed after which the backend is asked again.
+HEARTBEAT_SHARE = 0.4
+#: Seconds for which a worker that asked for leave to start is taken to be waiting for it.
+ASKING = 3.0
 #: Runs that are asked about together at most.
 MAX_TOGETHER = 200
 
@@ -57,6 +61,8 @@ class WatchedRun(Protocol):
     closed: bool
     opened_at: float
     heartbeat: float | None
+    asked_at: float
+    obituary: dict[str, Any] | None
     worker: dict[str, Any]
     sink: Callable[[Iterable[Frame]], bool]
 
@@ -94,11 +100,15 @@ class Verdict(Protocol):
     def outcome(self) -> bytes | None:
         """An outcome that was left with the backend."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether its process is computing this moment."""
+
 
 class _Look:
     """What was found out about one attempt of a run so far."""
 
-    __slots__ = ("attempt", "busy", "count", "next_at", "over")
+    __slots__ = ("attempt", "busy", "count", "last_contact", "next_at", "over")
 
     def __init__(self, attempt: int) -> None:
         self.attempt = attempt
@@ -107,6 +117,8 @@ class _Look:
         #: How often in a row the backend said that it is over.
         self.over = 0
         self.busy = False
+        #: When the worker had last spoken, as far as the words of the backend are concerned.
+        self.last_contact = 0.0
 
 
 class Watch:
@@ -134,6 +146,8 @@ class Watch:
         self._questions: set[asyncio.Task[None]] = set()
         #: Runs to look at, and when; the counter keeps runs from being compared.
         self._agenda: list[tuple[float, int, WatchedRun]] = []
+        #: Per run, when the agenda has it next; other entries are left from before.
+        self._planned: dict[str, float] = {}
         self._counter = itertools.count()
         self._new: deque[tuple[float, WatchedRun]] = deque()
         self._loop = asyncio.get_running_loop()
@@ -142,14 +156,18 @@ class Watch:
         self._task = self._loop.create_task(self._watch(), name=f"wove-watch-{environment}")
 
     def opened(self, run: WatchedRun) -> None:
-        """A run, or another attempt of it, was opened. Callable from any thread."""
-        self._new.append((run.opened_at + UNSTARTED[0], run))
+        """A run, or another attempt of it, was handed over. Callable from any thread."""
+        self._new.append((time.monotonic() + UNSTARTED[0], run))
         if self._idle:
             self._wake()
 
     def suspect(self, run: WatchedRun) -> None:
-        """A process that ran ``run`` has lost its connections. Callable from any thread."""
-        self._new.append((time.monotonic() + ASK_AFTER, run))
+        """A process that ran ``run`` has lost its connections, or the backend says that it is dead.
+
+        Callable from any thread.
+        """
+        pause = 0.0 if run.obituary is not None else ASK_AFTER
+        self._new.append((time.monotonic() + pause, run))
         self._wake()
 
     def _wake(self) -> None:
@@ -187,26 +205,40 @@ class Watch:
     def _look_around(self) -> float | None:
         """Ask about the runs that are due; return after how many seconds to look again."""
         while self._new:
-            when, run = self._new.popleft()
-            heapq.heappush(self._agenda, (when, next(self._counter), run))
+            self._plan(*self._new.popleft())
         now = time.monotonic()
         due: dict[str, WatchedRun] = {}
-        while self._agenda and self._agenda[0][0] <= now:
-            _, _, run = heapq.heappop(self._agenda)
-            due_at = self._due_at(run, now)
-            if due_at is None or run.run_id in due:
+        while self._agenda and self._agenda[0][0] <= now and len(due) < MAX_TOGETHER:
+            when, _, run = heapq.heappop(self._agenda)
+            if self._planned.get(run.run_id) != when:
+                continue
+            del self._planned[run.run_id]
+            try:
+                due_at = self._due_at(run, now)
+            except Exception:
+                logger.exception("environment %r: looking at run %s failed", self._environment, run.run_id)
+                due_at = now + TICK
+            if due_at is None:
                 continue
             if due_at > now:
-                heapq.heappush(self._agenda, (due_at, next(self._counter), run))
+                self._plan(due_at, run)
             else:
                 due[run.run_id] = run
-            if len(due) >= MAX_TOGETHER:
-                break
-        if due:
-            self._ask(list(due.values()))
+        # Apart: a long queue must not hold up the word on those that may be dead.
+        suspects = [run for run in due.values() if run.suspect_since is not None or run.obituary is not None]
+        others = [run for run in due.values() if run not in suspects]
+        for runs in (suspects, others):
+            if runs:
+                self._ask(runs)
         if not self._agenda:
             return None
         return min(TICK, max(0.0, self._agenda[0][0] - now))
+
+    def _plan(self, when: float, run: WatchedRun) -> None:
+        planned = self._planned.get(run.run_id)
+        if planned is None or when < planned:
+            self._planned[run.run_id] = when
+            heapq.heappush(self._agenda, (when, next(self._counter), run))
 
     def _due_at(self, run: WatchedRun, now: float) -> float | None:
         """Return when to ask about a run; None for not at all (now)."""
@@ -224,6 +256,8 @@ class Watch:
                 return None
             return forget_at
         suspect_since = run.suspect_since
+        if run.obituary is not None:
+            return now
         if suspect_since is not None:
             first = suspect_since + ASK_AFTER
         elif run.started:
@@ -233,32 +267,35 @@ class Watch:
         return max(first, look.next_at) if look is not None else first
 
     def _ask(self, runs: list[WatchedRun]) -> None:
+        looks = []
         for run in runs:
-            self._looks.setdefault(run.run_id, _Look(run.attempt)).busy = True
-        task = self._loop.create_task(self._examine(runs), name="wove-examine")
+            look = self._looks.setdefault(run.run_id, _Look(run.attempt))
+            look.busy = True
+            looks.append((run, look))
+        task = self._loop.create_task(self._examine(looks), name="wove-examine")
         self._questions.add(task)
         task.add_done_callback(self._questions.discard)
 
-    async def _examine(self, runs: list[WatchedRun]) -> None:
-        began = time.monotonic()
-        jobs = {run.run_id: run.job for run in runs}
+    async def _examine(self, looks: list[tuple[WatchedRun, _Look]]) -> None:
+        jobs = {run.run_id: run.job for run, _ in looks}
+        asked_at = time.monotonic()
         try:
             states = await self._probe(list(jobs.values()))
         except Exception as exc:
             logger.info(
                 "environment %r: the backend did not say what it knows of %d runs: %s",
-                self._environment, len(runs), safe_text(exc, 300),
+                self._environment, len(looks), safe_text(exc, 300),
             )  # fmt: skip
             states = {}
-        latest = max((run.suspect_since or 0.0 for run in runs), default=0.0)
+        latest = max((run.suspect_since or 0.0 for run, _ in looks if run.obituary is None), default=0.0)
         if latest:
             await asyncio.sleep(latest + GRACE - time.monotonic())
-        for run in runs:
-            look = self._looks.get(run.run_id)
-            if look is not None and look.attempt == run.attempt and not run.closed:
+        for run, look in looks:
+            # Another attempt, with a look of its own, may have begun while the backend was asked.
+            if self._looks.get(run.run_id) is look and look.attempt == run.attempt and not run.closed:
                 look.busy = False
                 try:
-                    await self._judge(run, look, states.get(jobs[run.run_id]), began)
+                    await self._judge(run, look, states.get(jobs[run.run_id]), asked_at)
                 except Exception:
                     logger.exception("environment %r: examining run %s failed", self._environment, run.run_id)
             # Whatever was found: when it is due next, the agenda finds out.
@@ -267,40 +304,82 @@ class Watch:
 
     # --- one run -------------------------------------------------------------------
 
-    async def _judge(self, run: WatchedRun, look: _Look, state: Verdict | None, began: float) -> None:
-        look.count += 1
+    async def _judge(self, run: WatchedRun, look: _Look, state: Verdict | None, asked_at: float) -> None:
         now = time.monotonic()
-        pauses = AGAIN if run.started else UNSTARTED[1:]
-        look.next_at = now + pauses[min(look.count, len(pauses)) - 1]
-        if run.started and run.suspect_since is None and run.last_contact > began:
-            self._looks.pop(run.run_id, None)  # it has spoken meanwhile
+        look.count += 1
+        look.next_at = now + _pause(run, look.count)
+        if run.obituary is not None:
+            # The backend itself has said that it is over; an outcome may lie there all the same.
+            if state is None or state.outcome is None or not await self._collect(run, state.outcome):
+                self._lose(run, run.obituary)
             return
+        if run.started and run.last_contact > asked_at:
+            # It has spoken meanwhile: what the backend said before is void.
+            self._looks.pop(run.run_id, None)
+            return
+        if run.last_contact > look.last_contact:
+            look.over = 0
+            look.last_contact = run.last_contact
         if state is None:
             return
-        if state.outcome is not None:
-            await self._take_parked(run.run_id, state.outcome)
+        if state.outcome is not None and await self._collect(run, state.outcome):
             look.next_at = now + UNSTARTED[-1]
-            return
-        if state.state in _OVER:
-            look.over += 1
-            # A lost connection and the backend's word are two witnesses; silence is none.
-            if run.suspect_since is not None or look.over > 1:
-                self._lose(run, state.detail or state.state)
-            return
-        look.over = 0
-        if not run.started or run.suspect_since is None:
-            return
-        if state.state == "running":
-            # It cannot reach us, and is alive: the backend's word counts as a sign of life.
-            run.sink([run.event(frames.HEARTBEAT)])
-        elif state.state == "queued":
-            word = f"the backend runs it again: {state.detail}"
-            run.sink([run.event(frames.TASK_RETRY, error={**lost(word), "kind": "Requeued"})])
-            run.forsake()
+        elif state.state in _OVER:
+            self._over(run, look, state.detail or state.state, now)
+        else:
+            look.over = 0
+            self._alive(run, state)
 
-    def _lose(self, run: WatchedRun, word: str) -> None:
+    def _over(self, run: WatchedRun, look: _Look, word: str, now: float) -> None:
+        look.over += 1
+        if now - run.asked_at < ASKING:
+            # Another worker was given it, and stands at the door.
+            self._requeue(run, word)
+        elif run.suspect_since is not None or look.over > 1:
+            # A lost connection and the backend's word are two witnesses; silence is none.
+            self._lose(run, lost(word))
+        else:
+            look.next_at = now + AGAIN[0]  # to be heard once more
+
+    def _alive(self, run: WatchedRun, state: Verdict) -> None:
+        if not run.started:
+            return
+        if state.state == "running" and (state.busy or run.suspect_since is not None):
+            # It cannot reach us, or has no time to, and is alive: the backend's word counts as its own.
+            run.sink([run.event(frames.HEARTBEAT)])
+        elif state.state == "queued" and run.suspect_since is not None:
+            self._requeue(run, state.detail)
+
+    def _requeue(self, run: WatchedRun, detail: str) -> None:
+        word = f"the backend runs it again: {detail}"
+        run.sink([run.event(frames.TASK_RETRY, error={**lost(word), "kind": "Requeued"})])
         run.forsake()
-        run.sink([run.event(frames.TASK_ERROR, error=lost(word))])
+
+    async def _collect(self, run: WatchedRun, outcome: bytes) -> bool:
+        """Take an outcome in that a worker has left; tell whether it was one."""
+        try:
+            await self._take_parked(run.run_id, outcome)
+        except WoveError as exc:
+            logger.warning(
+                "environment %r: an outcome left for run %s: %s", self._environment, run.run_id, exc
+            )
+            return False
+        return True
+
+    def _lose(self, run: WatchedRun, error: dict[str, Any]) -> None:
+        run.obituary = None
+        run.forsake()
+        run.sink([run.event(frames.TASK_ERROR, error=error)])
+
+
+def _pause(run: WatchedRun, count: int) -> float:
+    """Return after how many seconds to ask about a run again that was asked about ``count`` times."""
+    pauses = AGAIN if run.started else UNSTARTED[1:]
+    pause = pauses[min(count, len(pauses)) - 1]
+    if run.started and run.heartbeat is not None:
+        # The backend's word has to come before the silence counts.
+        pause = min(pause, run.heartbeat * HEARTBEAT_SHARE)
+    return pause
 
 
 def worker_of(runs: Callable[[str], WatchedRun | None]) -> Callable[[str], Mapping[str, Any]]:

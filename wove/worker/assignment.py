@@ -67,6 +67,8 @@ class Assignment:
             self.plain = envelope.get("plain") is True or self._admission.functions is not None
             self.keep = envelope.get("keep") is True
             self.attended = envelope.get("attended", True) is not False
+            #: The idempotency key, by which runs of other processes may share this one's job.
+            self.shared_by: str | None = _optional(envelope.get("key"), str)
             nonce = _checked(envelope["nonce"], bytes)
             self.origin, self.path = split_url(self.callback)
         except (KeyError, ValueError) as exc:
@@ -202,3 +204,7 @@ def _checked(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise ValueError(f"expected {kind.__name__}, got {type(value).__name__}")
     return value
+
+
+def _optional(value: Any, kind: type) -> Any:
+    return None if value is None else _checked(value, kind)

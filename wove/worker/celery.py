@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import logging
 import os
+import socket
 import sys
 import threading
 from typing import Any
@@ -20,16 +21,13 @@ from celery.exceptions import Ignore, Reject, Retry, TimeLimitExceeded, WorkerLo
 import wove
 from wove.errors import WoveError
 from wove.keyring import current_secrets
+from wove.wire import PARKED, PARKED_SUFFIX
 from wove.worker.execution import run
 from wove.worker.hooks import BackendHooks
-from wove.worker.parent import report_cancel, report_loss
+from wove.worker.parent import payload_in, report_cancel, report_loss
 
 #: The name that submitters send to, unless ``executor_config["task_name"]`` says otherwise.
 TASK_NAME = "wove.run"
-
-#: What an outcome that could not be delivered is kept under: the task's id and this.
-PARKED_SUFFIX = "-outcome"
-PARKED_FIELD = "wove_outcome"
 
 logger = logging.getLogger("wove.worker")
 
@@ -62,9 +60,17 @@ class CeleryHooks(BackendHooks):
 
     def park(self, outcome: bytes) -> None:
         """Keep a signed outcome in the result backend, under an id of its own."""
-        kept = {PARKED_FIELD: base64.b64encode(outcome).decode("ascii")}
-        if self._keeps_results("outcome") and self._task.app.conf.result_serializer == "json":
-            self._task.backend.store_result(f"{self._task.request.id}{PARKED_SUFFIX}", kept, "SUCCESS")
+        if not self._keeps_results("outcome"):
+            return
+        if self._task.app.conf.result_serializer != "json":
+            # Other formats would be decoded by the submitter before anything is verified.
+            logger.error(
+                "the outcome of task %s is lost: nobody took it, and it is kept only with result_serializer = "
+                "'json'", self._task.request.id,
+            )  # fmt: skip
+            return
+        kept = {PARKED: base64.b64encode(outcome).decode("ascii")}
+        self._task.backend.store_result(f"{self._task.request.id}{PARKED_SUFFIX}", kept, "SUCCESS")
 
     def keep(self, result: Any, failure: BaseException | None) -> None:
         """Keep the outcome as Celery keeps any task's, for ``AsyncResult`` to fetch."""
@@ -110,12 +116,13 @@ def execute(task: Any, payload: bytes | str) -> None:
     """
     request = task.request
     info = request.delivery_info or {}
-    again = bool(info.get("redelivered")) or bool(request.retries)
+    again = request.retries or bool(info.get("redelivered"))
     worker = {
         "backend": "celery",
         "job": request.id,
         "node": request.hostname or "",
-        "answers": _parent_answers(),
+        "answers": _parent_answers() and bool(task.app.conf.worker_enable_remote_control),
+        "parent": os.getpid() if current_process().name == "MainProcess" else os.getppid(),
         "requeues": bool(task.acks_late and task.reject_on_worker_lost),
     }
     try:
@@ -147,21 +154,20 @@ def _parent_answers() -> bool:
 def _on_failure(sender: Any = None, exception: Any = None, args: Any = None, **_: Any) -> None:
     # Celery's parent process tells of a pool process that died or was killed for its time
     # limit: there, nobody else is left to report it.
-    if getattr(sender, "name", None) != TASK_NAME or not args:
-        return
-    if isinstance(exception, (WorkerLostError, TimeLimitExceeded)):
-        report_loss(args[0], "celery", f"the worker process was lost: {exception}")
+    payload = payload_in(args)
+    if payload is not None and isinstance(exception, (WorkerLostError, TimeLimitExceeded)):
+        report_loss(payload, "celery", f"the worker process was lost: {exception}")
 
 
 @signals.task_revoked.connect(weak=False)
 def _on_revoked(sender: Any = None, request: Any = None, expired: Any = None, **_: Any) -> None:
-    args = getattr(request, "args", None)
-    if getattr(sender, "name", None) != TASK_NAME or not args:
+    payload = payload_in(getattr(request, "args", None))
+    if payload is None:
         return
     if expired:
-        report_loss(args[0], "celery", "the task expired in the queue before a worker took it")
+        report_loss(payload, "celery", "the task expired in the queue before a worker took it")
     else:
-        report_cancel(args[0], "celery")
+        report_cancel(payload, "celery")
 
 
 @signals.worker_init.connect(weak=False)
@@ -182,12 +188,16 @@ def _offer_status(**_: Any) -> None:
     inspect_command(name="wove_runs", variadic="ids")(_runs)
 
 
-def _runs(state: Any, ids: list[str], **_: Any) -> dict[str, list[str]]:
-    """Say where tasks are: ``active``, ``reserved`` or ``died``, with a word about it.
+def _runs(state: Any, ids: list[str], **_: Any) -> dict[str, Any]:
+    """Say where tasks are: ``active``, ``reserved`` or ``died``, with a word about it, and who says so.
 
     Celery's own ``query_task`` calls a task active until the death of its process was dealt
     with, which can take seconds.
     """
+    return {"pid": os.getpid(), "host": socket.gethostname(), "runs": _where(ids)}
+
+
+def _where(ids: list[str]) -> dict[str, list[str]]:
     from celery.worker import state as tasks
 
     found = {}
@@ -199,8 +209,17 @@ def _runs(state: Any, ids: list[str], **_: Any) -> dict[str, list[str]]:
             found[task_id] = ["reserved", ""]
             continue
         death = _death(request.worker_pid)
-        found[task_id] = ["died", death] if death else ["active", ""]
+        found[task_id] = ["died", death] if death else ["active", _activity(request.worker_pid)]
     return found
+
+
+def _activity(pid: int | None) -> str:
+    """Say what a process is at by the kernel's letter, R for running, where the kernel can be asked."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
+            return stat.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 def _death(pid: int | None) -> str:

@@ -42,6 +42,8 @@ class Reply(NamedTuple):
 clock_offsets: dict[str, float] = {}
 
 _NOT_IN_HOST = frozenset(" @?#\\")
+#: Since when, on the monotonic clock, a callback origin has not answered.
+down_since: dict[str, float] = {}
 
 _local = threading.local()
 
@@ -158,6 +160,7 @@ def send(
 
 def read_reply(origin: str, response: HTTPResponse, max_reply: int = MAX_REPLY) -> Reply:
     """Read a reply of at most ``max_reply`` bytes."""
+    down_since.pop(origin, None)
     # Proxies may change the case of names.
     headers = {name.lower(): value for name, value in response.headers.items()}
     sent_at = headers.get("wove-time")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("wove.worker")
 
 #: Seconds after which a running task is reported as started: from then on its death shows.
-REPORT_AFTER = 0.02
+REPORT_AFTER = 0.01
 #: Seconds that progress is collected before it is sent.
 NEWS_EVERY = 0.1
 #: Seconds after which a running task joins the open beat.

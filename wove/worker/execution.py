@@ -28,7 +28,7 @@ def run(
     payload: bytes | str,
     *,
     backend: Mapping[str, Any] | None = None,
-    redelivered: bool = False,
+    redelivered: bool | int = False,
     hooks: BackendHooks | None = None,
 ) -> bool:
     """Execute a payload and deliver its outcome to the submitter.
@@ -39,7 +39,8 @@ def run(
     Args:
         payload: what the submitter's adapter was given: bytes, or base64 text.
         backend: ``{"backend": name, "job": id}``, shown in errors.
-        redelivered: whether the backend says that it delivers the payload again.
+        redelivered: whether the backend says that it delivers the payload again, or how often it
+            has run it before.
         hooks: what the backend does about failures and about outcomes that nobody takes.
 
     Returns:
@@ -56,11 +57,14 @@ def run(
     session = _open(payload, backend)
     if not session.may_start(redelivered=redelivered):
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
+        hooks.refused(session)
         return False
+    hooks.begins(session)
     # Until the outcome is delivered: loading and encoding may take long as well.
     with courier_for(session.assignment.origin).caring_for(session):
-        call = load_call(session)
+        call = load_call(session, hooks)
         if call is None:
+            _keep(session, hooks)
             return False
         try:
             with bind(session.context):
@@ -78,7 +82,7 @@ async def arun(
     payload: bytes | str,
     *,
     backend: Mapping[str, Any] | None = None,
-    redelivered: bool = False,
+    redelivered: bool | int = False,
     hooks: BackendHooks | None = None,
 ) -> bool:
     """Execute a payload from a running event loop; otherwise as :func:`run`.
@@ -92,10 +96,13 @@ async def arun(
     session = await _in_thread(_open, payload, backend)
     if not await _in_thread(lambda: session.may_start(redelivered=redelivered)):
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
+        hooks.refused(session)
         return False
+    hooks.begins(session)
     with courier_for(session.assignment.origin).caring_for(session):
-        call = await _in_thread(load_call, session)
+        call = await _in_thread(load_call, session, hooks)
         if call is None:
+            await _in_thread(_keep, session, hooks)
             return False
         try:
             with bind(session.context):
@@ -184,7 +191,7 @@ class Execution(Protocol):
         ...
 
     def lost(self, message: str) -> None:
-        """Deliver that nothing of it ran: the delivery failed, and not the task."""
+        """Deliver that the delivery failed, and not the task."""
         ...
 
 
@@ -202,7 +209,7 @@ class _Call:
         return self.func(*self._args, **self._kwargs)
 
 
-def load_call(session: Execution) -> _Call | None:
+def load_call(session: Execution, hooks: BackendHooks | None = None) -> _Call | None:
     """Return the call, or None for a run that is not wanted any more."""
     try:
         return _Call(*session.assignment.load())
@@ -215,6 +222,8 @@ def load_call(session: Execution) -> _Call | None:
         return None
     except PayloadRejectedError as exc:
         logger.error("payload of task %s rejected: %s", session.assignment.task_id, exc)
+        if hooks is not None:
+            hooks.ends(None, exc, source="worker")
         session.fail(exc, source="worker")
         raise
     except BaseException as exc:
@@ -224,6 +233,8 @@ def load_call(session: Execution) -> _Call | None:
             "or its arguments: install the code there that the submitter has (or set PYTHONPATH), or send it by value "
             "with cloudpickle.register_pickle_by_value(module)"
         )
+        if hooks is not None:
+            hooks.ends(None, exc, source="worker")
         session.fail(exc, source="worker")
         raise
 
@@ -234,8 +245,11 @@ def _report_result(session: Session, result: Any, hooks: BackendHooks) -> None:
         session.retried(f"the task returned {type(result).__name__}")
         hooks.passed = result
         return
-    session.succeed(result)
-    _keep(session, hooks, result=result)
+    hooks.ends(result, None)
+    try:
+        session.succeed(result)
+    finally:
+        _keep(session, hooks, result=result)
 
 
 def _keep(
@@ -251,18 +265,19 @@ def _keep(
 
 
 def _report_failure(session: Session, exc: BaseException, hooks: BackendHooks) -> None:
-    """As :func:`report_failure`, unless the backend will run the payload again; keep it if nobody takes it."""
-    if hooks.runs_again(exc):
+    """Deliver the failure and raise it, or say that the backend will run the payload again."""
+    wanted = not (session.context.cancelled and _is_cancellation(exc))
+    if wanted and hooks.runs_again(exc):
         session.retried(exc)
         raise exc
     try:
-        report_failure(session, exc)
-    except BaseException as failure:
-        _keep(session, hooks, failure=failure)
+        report_failure(session, exc, hooks)
+    except BaseException as reported:
+        _keep(session, hooks, failure=reported)
         raise
 
 
-def report_failure(session: Execution, exc: BaseException) -> None:
+def report_failure(session: Execution, exc: BaseException, hooks: BackendHooks | None = None) -> None:
     """Deliver the failure, then raise it, unless it was the cancellation that was asked for."""
     if _is_cancellation(exc):
         if session.context.cancelled:
@@ -271,6 +286,8 @@ def report_failure(session: Execution, exc: BaseException) -> None:
         failure = TaskCancelledItself("the task raised CancelledError although nobody had cancelled it")
         failure.__cause__ = exc
         exc = failure
+    if hooks is not None:
+        hooks.ends(None, exc)
     session.fail(exc)
     raise exc
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wove.worker.session import Session
 
 
 class BackendHooks:
@@ -13,6 +16,15 @@ class BackendHooks:
     """
 
     passed: Any = None
+
+    def refused(self, session: Session) -> None:
+        """The run is not started: it is not wanted any more, or another worker is at it."""
+
+    def begins(self, session: Session) -> None:
+        """The run is about to start."""
+
+    def ends(self, result: Any, failure: BaseException | None, *, source: str = "task") -> None:
+        """The outcome is final, and will be delivered when this returns."""
 
     def runs_again(self, ending: Any) -> bool:
         """Tell whether the backend will run the payload again.

@@ -8,6 +8,8 @@ import random
 import time
 from typing import TYPE_CHECKING
 
+from wove.worker.connection import down_since
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -30,9 +32,7 @@ LEFT_SHARE = 0.3
 LEAST_DELAY = 0.05
 #: Refusals after which there is no hope: wrong signatures do not become right ones.
 _MAX_REFUSALS = 3
-
-#: Since when, on the monotonic clock, a callback origin has not answered.
-down_since: dict[str, float] = {}
+REFUSED_DELAY = (0.2, 1.0)
 
 
 def retry_seconds() -> float:
@@ -63,7 +63,7 @@ def patience(assignment: Assignment, begun: float, *, cancelled: bool) -> float:
         seconds = min(seconds, assignment.timeout - (now - begun))
     least = LEAST_RETRY
     if assignment.keep:
-        seconds = least = KEPT_RETRY
+        seconds = least = min(KEPT_RETRY, retry_seconds())
     if cancelled:
         seconds = 0.0
     return max(seconds, min(least, retry_seconds()))
@@ -100,8 +100,10 @@ def offer(
                 return reply
             problem = f"the callback server answered {reply.status}"
             # A body that was cut on its way is 400 too, so these are tried again as well.
-            refusals += reply.status in (400, 401, 404)
-            wait_for = retry_after(reply)
+            refused = reply.status in (400, 401, 404)
+            refusals += refused
+            # A gateway in between may answer so for a moment.
+            wait_for = random.uniform(*REFUSED_DELAY) if refused else retry_after(reply)  # noqa: S311
         ceiling = max(FIRST_DELAY, (time.monotonic() - begun) * DELAY_SHARE)
         delay = wait_for or random.uniform(0, min(LONGEST_DELAY, ceiling))  # noqa: S311
         # The last offer is made when the time is up, not before.

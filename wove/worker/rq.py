@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from wove.wire import PARKED
 from wove.worker.execution import run as _run
 from wove.worker.hooks import BackendHooks
 
 logger = logging.getLogger("wove.worker")
 
-#: Field of the job's hash in Redis that holds an outcome which could not be delivered.
-PARKED_FIELD = "wove_outcome"
 #: Seconds that such an outcome, and the result of work that nobody waited for, are kept.
 PARKED_SECONDS = 900
 KEPT_SECONDS = 24 * 3600
@@ -26,16 +25,19 @@ class RqHooks(BackendHooks):
     def runs_again(self, ending: Any) -> bool:
         """RQ's ``Retry``: of the job, for any exception, or returned by the task."""
         if isinstance(ending, BaseException):
-            return bool(self._job.should_retry)
+            # The first releases of RQ 2 have only the count.
+            return bool(getattr(self._job, "should_retry", self._job.retries_left))
         kind = type(ending)
         if kind.__name__ != "Retry" or not kind.__module__.startswith("rq."):
             return False
+        if not hasattr(self._job, "number_of_retries"):
+            return False  # a release to which that is a result like any other
         return bool((self._job.number_of_retries or 0) < ending.max)
 
     def park(self, outcome: bytes) -> None:
         """Keep a signed outcome in the job's own hash."""
         self._outlast(PARKED_SECONDS)
-        self._job.connection.hset(self._job.key, PARKED_FIELD, outcome)
+        self._job.connection.hset(self._job.key, PARKED, outcome)
 
     def keep(self, result: Any, failure: BaseException | None) -> None:
         """Let RQ keep the result as it keeps any job's; failures it keeps by itself."""
@@ -70,15 +72,50 @@ def run(payload: bytes | str) -> Any:
         _run(payload)
         return None
     hooks = RqHooks(job)
-    retried = bool(getattr(job, "number_of_retries", 0))
-    info = {"backend": "rq", "job": job.id, "rq_worker": getattr(job, "worker_name", None) or ""}
-    _run(payload, backend=info, redelivered=retried, hooks=hooks)
+    _run(payload, backend=_describe(job), redelivered=_retries(job), hooks=hooks)
     return hooks.passed
+
+
+def run_shared(payload: bytes | str) -> Any:
+    """Execute a payload for all who share the job, see :mod:`wove.worker.rq_sharing`.
+
+    Returns:
+        As :func:`run`.
+
+    Raises:
+        PayloadRejectedError: the payload is not signed with this worker's secret; nothing ran.
+        BaseException: what the user's function raised, so that RQ counts the job as failed.
+    """
+    from rq import get_current_job
+
+    from wove.worker.rq_sharing import SharedJob
+
+    job = get_current_job()
+    if job is None:  # called by hand
+        _run(payload)
+        return None
+    shared = SharedJob(job, payload, _describe(job))
+    shared.execute(redelivered=_retries(job))
+    return shared.passed
+
+
+def _describe(job: Any) -> dict[str, str]:
+    return {"backend": "rq", "job": job.id, "rq_worker": getattr(job, "worker_name", None) or ""}
+
+
+def _retries(job: Any) -> int:
+    return int(getattr(job, "number_of_retries", 0) or 0)
 
 
 def on_stopped(job: Any, connection: Any) -> None:
     """Report a job that was stopped on request; RQ calls this in the worker's parent process."""
     from wove.worker.parent import report_cancel
 
-    if job.args:
-        report_cancel(job.args[0], "rq")
+    if not job.args:
+        return
+    report_cancel(job.args[0], "rq")
+    if job.func_name == f"{__name__}.{run_shared.__name__}":
+        from wove.worker.rq_sharing import stopped
+
+        for payload in stopped(job):
+            report_cancel(payload, "rq")

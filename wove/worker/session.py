@@ -42,6 +42,8 @@ MAX_PARKED = 64 * 1024 * 1024
 REFUSAL_PATIENCE = 2.0
 #: Seconds that a progress report may take.
 REPORT_TIMEOUT = 5.0
+#: Seconds after which a report that failed is followed by another.
+REPORT_AGAIN = 0.5
 #: Frames and characters that one report holds at most.
 MAX_FRAMES = 48
 MAX_CHARACTERS = 40_000
@@ -73,12 +75,17 @@ class Session:
         self.parked: bytes | None = None
         #: Nobody waits for the outcome, and the work was kept: the backend is to keep what it returns.
         self.unclaimed = False
+        #: Another worker is at the run: this one has nothing to do with it.
+        self.elsewhere = False
         self.on_cancel: Callable[[], None] | None = None
         #: Called when a frame waits to be sent; set by the courier.
         self.notify: Callable[[], None] | None = None
         self.worker: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), **(backend or {})}
         self._path = f"{assignment.path}/wove/v1/events/{assignment.run_id}"
         self._seq = 0
+        self._retry = 0
+        #: When a report that failed is tried again, in monotonic seconds.
+        self._report_again = 0.0
         self._pending: list[frames.Frame] = []
         self._lock = threading.Lock()
         # Held while a report is under way, so that the outcome does not overtake it.
@@ -89,7 +96,7 @@ class Session:
 
     # --- before the task ------------------------------------------------------
 
-    def may_start(self, *, redelivered: bool = False) -> bool:
+    def may_start(self, *, redelivered: bool | int = False) -> bool:
         """Ask whether the run is still wanted, where it may not be.
 
         A run that waited long enough to be cancelled, or that the broker delivers again,
@@ -100,6 +107,8 @@ class Session:
         """
         if not self.assignment.attended:
             return True
+        # How often the backend itself has run the payload before, where it counts that.
+        self._retry = redelivered if type(redelivered) is int else 0
         offset = clock_offsets.get(self.assignment.origin)
         if not redelivered and offset is not None:
             age = time.time() + offset - self.assignment.sent_at
@@ -112,7 +121,7 @@ class Session:
     def _ask(self, offset: float | None) -> bool:
         give_up = time.monotonic() + ASK_PATIENCE
         while True:
-            frame = self._frame(frames.TASK_STARTED, fence=True)
+            frame = self._frame(frames.TASK_STARTED, fence=True, retry=self._retry)
             try:
                 reply = self._post([frame], [], final=False, timeout=ASK_TIMEOUT)
             except Exception as exc:
@@ -131,6 +140,7 @@ class Session:
         self._started = reply.status < 300
         if reply.status == 409:
             logger.info("run %s is not started: another worker is at it", self.assignment.run_id)
+            self.elsewhere = True
             return False
         if reply.status == 410:
             # Work that is kept when its submitter goes is not over because that has gone.
@@ -166,7 +176,7 @@ class Session:
     @property
     def has_news(self) -> bool:
         """Whether frames wait to be sent (the first of all says that the task has started)."""
-        return bool(self._pending) or not self._started
+        return (bool(self._pending) or not self._started) and time.monotonic() >= self._report_again
 
     def report(self) -> bool:
         """Send frames that wait, as many as one request holds.
@@ -182,6 +192,10 @@ class Session:
                 return self._post(batch, [], final=False, timeout=REPORT_TIMEOUT).status < 300
             except Exception as exc:
                 logger.info("progress of run %s was not delivered: %s", self.assignment.run_id, exc)
+                with self._lock:
+                    # Who is at it has to be known; progress may be lost.
+                    self._started = self._started and batch[0]["type"] != frames.TASK_STARTED
+                    self._report_again = time.monotonic() + REPORT_AGAIN
                 return False
 
     def _take_pending(self) -> list[frames.Frame]:
@@ -204,13 +218,17 @@ class Session:
         """Deliver a result; one that cannot be encoded is delivered as an error naming its type."""
         attachments: list[Buffer] = []
         try:
-            described = self._encode(result, attachments)
+            described = encode_result(result, attachments, plain=self.assignment.plain)
         except Exception as exc:
             self.fail(exc, source="worker")
             return
         except BaseException as exc:
             self.fail(exc, source="worker")
             raise
+        self.deliver_result(described, attachments)
+
+    def deliver_result(self, described: Any, attachments: list[Buffer]) -> None:
+        """Deliver a result as :func:`wove.wire.encode_value` has described it."""
         size = sum(memoryview(part).nbytes for part in attachments)
         too_large = size + ENVELOPE_ALLOWANCE > (self.assignment.max_body or size + ENVELOPE_ALLOWANCE)
         if too_large or self._finish(frames.TASK_RESULT, attachments, result=described) == 413:
@@ -221,13 +239,6 @@ class Session:
                 ),
                 source="worker",
             )
-
-    def _encode(self, result: Any, attachments: list[Buffer]) -> list[Any]:
-        if not self.assignment.plain:
-            return encode_value(result, attachments)
-        from wove.no_pickle import encode_plain
-
-        return encode_plain(result, attachments, setting='"pickle": False there, or WOVE_ALLOW here')
 
     def refuse(self, exc: BaseException) -> None:
         """Report that the payload is not taken here, to whoever still listens: its submitter may be long gone."""
@@ -243,6 +254,10 @@ class Session:
             described = encode_exception(exc, attachments, plain=self.assignment.plain)
         except Exception:
             described, attachments = [], []
+        self.deliver_error(error, described, attachments)
+
+    def deliver_error(self, error: Mapping[str, Any], described: Any, attachments: list[Buffer]) -> None:
+        """Deliver an error as :func:`normalize_exception` and :func:`encode_exception` have described it."""
         if self._finish(frames.TASK_ERROR, attachments, error=error, exception=described) == 413:
             self._finish(frames.TASK_ERROR, [], error=error)
 
@@ -297,13 +312,19 @@ class Session:
 
     def _send_last(self, batch: list[frames.Frame], attachments: list[Buffer], *, final: bool) -> int:
         task = self.assignment
-        reply = offer(
-            lambda: self._post(batch, attachments, final=final),
-            task,
-            patience(task, self.begun, cancelled=self.context.cancelled)
-            if self._patience is None
-            else self._patience,
-        )
+        try:
+            reply = offer(
+                lambda: self._post(batch, attachments, final=final),
+                task,
+                patience(task, self.begun, cancelled=self.context.cancelled)
+                if self._patience is None
+                else self._patience,
+            )
+        except BaseException:
+            # A time limit of the backend strikes: whether the outcome has arrived is not known.
+            if final:
+                self.parked = self._park(batch, attachments)
+            raise
         if reply is None:
             if final:
                 self.parked = self._park(batch, attachments)
@@ -356,6 +377,19 @@ class Session:
         if cancel is not None and _signed(cancel, reply_tag(task.key, tag, b"cancel")):
             self.cancel()
         return reply
+
+
+def encode_result(result: Any, attachments: list[Buffer], *, plain: bool) -> list[Any]:
+    """Encode a result; as plain data only where its submitter or this worker wants that.
+
+    Raises:
+        EncodeError: it cannot be sent; says why.
+    """
+    if not plain:
+        return encode_value(result, attachments)
+    from wove.no_pickle import encode_plain
+
+    return encode_plain(result, attachments, setting='"pickle": False there, or WOVE_ALLOW here')
 
 
 def _signed(given: str, expected: bytes) -> bool:

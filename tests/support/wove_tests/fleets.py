@@ -235,7 +235,7 @@ class Fleets:
 
 
 def _expected(key: bytes) -> bool:
-    return key.startswith((b"_kombu.", b"rq:worker", b"rq:queues", b"rq:clean_registries", b"rq:pubsub"))
+    return key.startswith((b"_kombu.", b"rq:worker", b"rq:queues", b"rq:clean_", b"rq:pubsub"))
 
 
 _SUBMITTER_CONFIG: dict[str, Callable[[Fleets, Fleet], dict[str, Any]]] = {

@@ -125,6 +125,11 @@ class TcpProxy:
     # --- the verbs ----------------------------------------------------------------
 
     @property
+    def upstream_port(self) -> int:
+        """The port that the server listens on, or will."""
+        return self._upstream[1]
+
+    @property
     def weather(self) -> str:
         """The name of the verb that holds."""
         return self._weather.name

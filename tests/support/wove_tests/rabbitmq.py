@@ -59,11 +59,15 @@ class RabbitServer(ManagedProcess):
     """A RabbitMQ node without plugins on loopback ports, forgotten when it stops.
 
     It never sees the machine's own node: its name, ports, cookie and folders are its own.
+
+    Args:
+        data: a folder for what it keeps, by which it can be killed and started again; else it forgets.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, data: Path | None = None) -> None:
         super().__init__([], name="rabbitmq")
         self.port = free_port()
+        self._data = data
         self._mapper = PortMapper()
 
     @property
@@ -111,7 +115,7 @@ class RabbitServer(ManagedProcess):
             "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
             "RABBITMQ_CONF_ENV_FILE": os.devnull,
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
-            "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
+            "RABBITMQ_MNESIA_BASE": str(self._data or folder / "mnesia"),
             "RABBITMQ_LOG_BASE": str(folder / "logs"),
             "RABBITMQ_PID_FILE": str(folder / "pid"),
             "RABBITMQ_GENERATED_CONFIG_DIR": str(folder / "config"),

@@ -109,6 +109,7 @@ _FINDERS: dict[str, Callable[[], Missing | None]] = {
 
 # Whoever asks for one of these fixtures needs the resource; nothing has to be marked by hand.
 _FIXTURES = {
+    "crew": "redis",
     "redis_server": "redis",
     "rabbitmq_url": "rabbitmq",
     "docker_engine": "docker",

@@ -135,6 +135,47 @@ def touch_and_wait(started: str, release: str) -> str:
     return "released"
 
 
+def count_and_wait(counter: str, release: str, value: Any = None) -> tuple[Any, int]:
+    """Note this execution in the file ``counter``, wait for the file ``release``, return ``value`` and the pid."""
+    count(counter)
+    wait_for_file(release)
+    return value, os.getpid()
+
+
+def count_and_fail(counter: str, release: str) -> NoReturn:
+    """As :func:`count_and_wait`, then raise an exception."""
+    count(counter)
+    wait_for_file(release)
+    raise TwoArguments(7, "seven")
+
+
+def count_until_cancelled(counter: str, seen: str) -> None:
+    """Note this execution, run until the caller gives up, then create the file ``seen``."""
+    count(counter)
+    until_cancelled(counter, seen)
+
+
+def count_and_retry(counter: str, release: str) -> Any:
+    """As :func:`count_and_wait`, but ask RQ the first time to run it again."""
+    from rq import Retry
+
+    count(counter)
+    wait_for_file(release)
+    return Retry(max=1) if len(executions(counter)) == 1 else "at last"
+
+
+def count(counter: str) -> None:
+    """Add this process's id to a file."""
+    with open(counter, "a") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def executions(counter: str | os.PathLike[str]) -> list[int]:
+    """Return which processes have noted themselves in a file."""
+    path = Path(counter)
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
 def touch(path: str) -> None:
     """Create a file."""
     Path(path).touch()

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import threading
+from collections import deque
 from typing import TYPE_CHECKING
 
 from wove import frames
@@ -29,10 +30,13 @@ logger = logging.getLogger("wove.worker")
 
 DESCRIPTOR = "WOVE_STDIO_FD"
 SEARCH_PATH = "WOVE_STDIO_PATH"
+#: How long a thread may keep the interpreter while others, such as the one that sends, wait for it.
+SWITCH_SECONDS = 0.0005
 #: Seconds that the interpreter gets to end by itself.
 EXIT_SECONDS = 2.0
-#: Buffers that one system call takes.
-_MAX_BUFFERS = 64
+#: Buffers that one system call takes, and packets that may wait for their turn.
+_MAX_BUFFERS = 256
+MAX_WAITING = 1_000
 
 
 def serve_parent(*, threads: int, allow: AllowList | None) -> None:
@@ -46,12 +50,13 @@ def serve_parent(*, threads: int, allow: AllowList | None) -> None:
         if folder and folder not in sys.path:
             sys.path.insert(0, folder)
     capture_output()
+    sys.setswitchinterval(SWITCH_SECONDS)
     runner = Runner(threads=threads, allow=allow, backend="stdio")
     parent.send(encode_note(HELLO, v=VERSION, pid=os.getpid()))
     try:
         _take_commands(parent, runner)
     finally:
-        runner.close()
+        runner.close_now()
         # Threads of the user's that do not end must not keep the process.
         last = threading.Timer(EXIT_SECONDS, os._exit, (0,))
         last.daemon = True
@@ -90,6 +95,7 @@ class _Parent:
         self._reader = PacketReader()
         self._buffer = memoryview(bytearray(256 * 1024))
         self._lock = threading.Lock()
+        self._waiting: deque[list[memoryview]] = deque()
         self._gone = False
 
     def receive(self) -> list[Packet | None]:
@@ -108,18 +114,38 @@ class _Parent:
         self.send(parts)
 
     def send(self, parts: Sequence[Buffer]) -> None:
-        """Send a packet; waits while the parent does not read."""
-        buffers = [memoryview(part).cast("B") for part in framed(parts)]
-        with self._lock:
-            while buffers and not self._gone:
-                try:
-                    sent = self._socket.sendmsg(buffers[:_MAX_BUFFERS])
-                except OSError as exc:
-                    # Without its parent this process ends: the reading side notices as well.
-                    self._gone = True
-                    logger.info("the parent is gone: %s", exc)
-                    return
-                while buffers and sent >= buffers[0].nbytes:
-                    sent -= buffers.pop(0).nbytes
-                if sent:
-                    buffers[0] = buffers[0][sent:]
+        """Send a packet. While one thread sends, it sends for the others, too; all wait for a parent that is slow."""
+        self._waiting.append([memoryview(part).cast("B") for part in framed(parts)])
+        if len(self._waiting) > MAX_WAITING:
+            with self._lock:
+                self._send_waiting()
+            return
+        while self._waiting and self._lock.acquire(blocking=False):
+            try:
+                self._send_waiting()
+            finally:
+                self._lock.release()
+
+    def _send_waiting(self) -> None:
+        while self._waiting and not self._gone:
+            buffers: list[memoryview] = []
+            while self._waiting and len(buffers) < _MAX_BUFFERS:
+                buffers += self._waiting.popleft()
+            try:
+                self._send_all(buffers)
+            except OSError as exc:
+                # Without its parent this process ends: the reading side notices as well.
+                self._gone = True
+                logger.info("the parent is gone: %s", exc)
+        if self._gone:
+            self._waiting.clear()
+
+    def _send_all(self, buffers: list[memoryview]) -> None:
+        at = 0
+        while at < len(buffers):
+            sent = self._socket.sendmsg(buffers[at : at + _MAX_BUFFERS])
+            while at < len(buffers) and sent >= buffers[at].nbytes:
+                sent -= buffers[at].nbytes
+                at += 1
+            if sent:
+                buffers[at] = buffers[at][sent:]

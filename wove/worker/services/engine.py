@@ -29,6 +29,6 @@ class Engine(Protocol):
         """Cancel a run; an unknown one is ignored."""
         ...
 
-    def close(self) -> None:
-        """Cancel what runs and give everything up. May block for a second or two."""
+    async def close(self) -> None:
+        """Cancel what runs and give everything up."""
         ...

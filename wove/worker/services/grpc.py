@@ -12,7 +12,14 @@ from wove.exchange import Packet, chunked, split_packets
 from wove.network_security import NetworkSecurityError, Seal
 from wove.worker.services.hub import Listener
 from wove.worker.services.listen import Address, run_until_told, start_listening
-from wove.worker.services.service import CUT_SECONDS, PING_SECONDS, Service, maybe_in_thread, sealed
+from wove.worker.services.service import (
+    CUT_SECONDS,
+    PING_SECONDS,
+    QUICK_SECONDS,
+    Service,
+    maybe_in_thread,
+    sealed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -79,8 +86,11 @@ class WorkerHandler(grpc.GenericRpcHandler):
         listener = Listener()
         try:
             await self._take(body, listener, context)
-            # The caller learns that its commands were taken, long before anything comes of them.
+            quick = await sealed(await listener.take_quick(QUICK_SECONDS), seal)
+            # The caller learns that its commands were taken, long before anything comes of slow ones.
             await context.send_initial_metadata(())
+            for chunk in chunked(quick, CHUNK):
+                yield bytes(chunk)
             while not listener.done:
                 for chunk in chunked(await sealed(await listener.take(PING_SECONDS), seal), CHUNK):
                     yield bytes(chunk)

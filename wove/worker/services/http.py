@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,14 @@ from wove.errors import ProtocolError
 from wove.exchange import Packet, chunked, split_packets
 from wove.network_security import NetworkSecurityError, Seal
 from wove.worker.services.hub import Listener
-from wove.worker.services.service import CUT_SECONDS, PING_SECONDS, Service, maybe_in_thread, sealed
+from wove.worker.services.service import (
+    CUT_SECONDS,
+    PING_SECONDS,
+    QUICK_SECONDS,
+    Service,
+    maybe_in_thread,
+    sealed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -23,8 +29,6 @@ if TYPE_CHECKING:
     from wove.network_security import Verified
 
 CONTENT_TYPE = "application/vnd.wove.packets"
-#: Seconds in which a run may end so that its whole answer leaves in one piece.
-QUICK_SECONDS = 0.02
 #: Answers up to this size, in bytes, leave in one piece.
 _SMALL = 64 * 1024
 #: Bytes that are written at once.
@@ -120,13 +124,8 @@ def signed_refusal(kind: type[web.HTTPException], text: str, seal: Seal) -> web.
 
 async def _answer(request: web.Request, listener: Listener, seal: Seal) -> web.StreamResponse:
     """Write events until every run of the request has its outcome."""
-    loop = asyncio.get_running_loop()
-    pieces: list[Buffer] = []
-    quick_until = loop.time() + QUICK_SECONDS
-    while not listener.done and (rest := quick_until - loop.time()) > 0:
-        pieces += await sealed(await listener.take_within(rest), seal)
+    pieces = await sealed(await listener.take_quick(QUICK_SECONDS), seal)
     if listener.done:
-        pieces += await sealed(await listener.take_within(0), seal)
         if sum(memoryview(piece).nbytes for piece in pieces) < _SMALL:
             return web.Response(body=b"".join(pieces), content_type=CONTENT_TYPE)
     response = web.StreamResponse(headers={"Content-Type": CONTENT_TYPE})

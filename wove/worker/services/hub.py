@@ -78,6 +78,15 @@ class Listener:
         self._events.clear()
         return waiting
 
+    async def take_quick(self, seconds: float) -> list[Sequence[Buffer]]:
+        """Return what comes until all runs have ended, or so many seconds are over."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        taken: list[Sequence[Buffer]] = []
+        while not self.done and (rest := until - loop.time()) > 0:
+            taken += await self.take_within(rest)
+        return taken + await self.take_within(0)
+
     @property
     def done(self) -> bool:
         """Whether all its runs have ended."""

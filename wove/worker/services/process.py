@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from wove.exchange import Packet, PacketReader, framed
@@ -26,7 +27,7 @@ logger = logging.getLogger("wove.worker")
 #: Bytes read at once, and how often before others have their turn.
 _READ = 256 * 1024
 _TURNS = 16
-_MAX_BUFFERS = 64
+_MAX_BUFFERS = 256
 #: Seconds between the end of the line and the end of the process, at most.
 _GRACE_SECONDS = 1.0
 
@@ -45,7 +46,8 @@ class Child:
         self.accepted = 0
         self.ready = False
         self.closed = False
-        self.watched = 0
+        #: Whether the loop is told when it can be written to.
+        self.writing = False
         #: Whether the last look at the socket left something unread.
         self.more = False
         self.idle_since = time.monotonic()
@@ -82,22 +84,19 @@ class Child:
 
     # --- the socket -----------------------------------------------------------
 
-    def send(self, parts: Sequence[Buffer]) -> None:
-        """Send a packet; what does not fit is kept for :meth:`flush`."""
+    def put(self, parts: Sequence[Buffer]) -> None:
+        """Keep a packet for the next :meth:`flush`."""
         self.unsent.extend(memoryview(part).cast("B") for part in framed(parts))
-        try:
-            self.flush()
-        except OSError:
-            self.unsent.clear()  # it has ended, and its exit says the rest
 
     def flush(self) -> None:
-        """Send what waits."""
+        """Send what waits, as far as it fits."""
         while self.unsent:
             try:
-                sent = self.socket.sendmsg(
-                    [self.unsent[i] for i in range(min(len(self.unsent), _MAX_BUFFERS))]
-                )
+                sent = self.socket.sendmsg(list(islice(self.unsent, _MAX_BUFFERS)))
             except BlockingIOError:
+                return
+            except OSError:
+                self.unsent.clear()  # it has ended, and its exit says the rest
                 return
             while self.unsent and sent >= self.unsent[0].nbytes:
                 sent -= self.unsent.popleft().nbytes

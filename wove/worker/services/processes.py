@@ -1,28 +1,29 @@
 """Runs tasks in child processes: one that dies takes its own runs with it, and nothing else.
 
-One thread speaks with all of them. Values are never decoded here: what a child sends is passed on as it is.
+The caller's event loop speaks with all of them: no thread stands between a task and its outcome. Values are
+never decoded here: what a child sends is passed on as it is.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-import selectors
 import socket
 import threading
 import time
-from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.errors import ConfigurationError, SubmitError, WoveError
 from wove.exchange import encode_cancel, encode_note, lost_frame
+from wove.threads import in_thread
 from wove.wire import pack_message
 from wove.worker.services.process import Child, describe_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from typing_extensions import Buffer
 
@@ -39,7 +40,7 @@ RESTART_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)
 
 
 class ChildProcesses:
-    """An :class:`Engine` of child processes.
+    """An :class:`Engine` of child processes. All methods are called in one event loop.
 
     Args:
         command: what a child is started with; it has to lead to ``wove.worker.stdio``.
@@ -73,45 +74,27 @@ class ChildProcesses:
         self._where: dict[str, Child] = {}
         self._failures = 0
         self._not_before = 0.0
-        self._calls: deque[Callable[[], None]] = deque()
-        self._lock = threading.Lock()
-        self._woken = False
         self._closing = False
-        self._selector = selectors.DefaultSelector()
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._thread = threading.Thread(target=self._serve, name=f"wove-children-{name}", daemon=True)
+        self._idle_timer: asyncio.TimerHandle | None = None
 
-    # --- any thread -----------------------------------------------------------
-
-    def start(self) -> None:
-        """Start all processes and wait until they are ready. Blocks.
+    async def start(self) -> None:
+        """Start all processes and wait until they are ready.
 
         Raises:
             ConfigurationError: the command cannot be run, or does not lead to a stdio worker.
         """
-        self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
-        self._thread.start()
-        children: list[Child] = []
-        done = threading.Event()
-        problem: list[Exception] = []
-
-        def spawn_all() -> None:
-            try:
-                children.extend(self._spawn(index) for index in range(len(self._slots)))
-            except Exception as exc:
-                problem.append(exc)
-            done.set()
-
-        self._post(spawn_all)
-        done.wait(START_SECONDS)
-        deadline = time.monotonic() + START_SECONDS
+        self._loop = asyncio.get_running_loop()
+        children = [self._spawn(index) for index in range(len(self._slots))]
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                for child in children:
+                    await in_thread(child.settled.wait, START_SECONDS)
+        except TimeoutError:
+            pass
         for child in children:
-            child.settled.wait(max(0.0, deadline - time.monotonic()))
-            if not child.ready and not problem:
-                problem.append(ConfigurationError(self._not_ready(child)))
-        if problem:
-            raise problem[0]
+            if not child.ready:
+                raise ConfigurationError(self._not_ready(child))
+        self._look_after_idle()
 
     def run(self, packet: Packet, emit: Emit) -> None:
         """Run a command; see :meth:`Engine.run`."""
@@ -119,99 +102,86 @@ class ChildProcesses:
 
     def run_parts(self, run_id: str, task_id: str, attempt: int, parts: Sequence[Buffer], emit: Emit) -> None:
         """Run a command that was encoded in this process."""
-        self._post(partial(self._run, run_id, parts, _Sent(task_id, attempt, emit)))
+        run = _Sent(task_id, attempt, emit)
+        try:
+            child = self._choose()
+        except Exception as exc:
+            run.lose(run_id, str(exc))
+            return
+        child.runs[run_id] = run
+        self._where[run_id] = child
+        child.accepted += 1
+        self._send(child, parts)
+        if self._max_tasks is not None and child.accepted >= self._max_tasks:
+            # No more for this one; the next run gets a new one.
+            self._retire(child)
 
     def cancel(self, run_id: str) -> None:
         """Cancel a run; see :meth:`Engine.cancel`."""
-        self._post(partial(self._cancel, run_id))
+        child = self._where.get(run_id)
+        if child is not None:
+            self._send(child, encode_cancel(run_id))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End all processes; see :meth:`Engine.close`."""
         if self._closing:
             return
         self._closing = True
-        if self._thread.is_alive():
-            self._post(lambda: None)
-            self._thread.join(2 * STOP_SECONDS)
-        else:
-            self._end_all()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        children = [child for child in (*self._slots, *self._retiring) if child is not None]
+        for child in children:
+            # Its end is ours to tell from now on.
+            self._forget(child)
+        await in_thread(_end_all, children)
+        for child in children:
+            for run_id, run in child.runs.items():
+                run.lose(run_id, f"{self._name} was stopped")
+            child.runs.clear()
+            child.release()
 
     @property
     def pids(self) -> list[int]:
         """The processes that run."""
         return [child.process.pid for child in self._slots if child is not None]
 
-    def _post(self, call: Callable[[], None]) -> None:
-        self._calls.append(call)
-        with self._lock:
-            if self._woken:
-                return
-            self._woken = True
+    # --- what comes from the processes ------------------------------------------
+
+    def _readable(self, child: Child) -> None:
         try:
-            self._wake_writer.send(b"w")
-        except OSError:
-            pass  # closed meanwhile: nobody listens any more
-
-    # --- the thread -----------------------------------------------------------
-
-    def _serve(self) -> None:
-        try:
-            while not self._closing:
-                for key, mask in self._selector.select(self._pause()):
-                    if key.data is None:
-                        self._take_calls()
-                    else:
-                        self._attend(key, mask)
-                self._look_after_idle()
-        except Exception:
-            logger.exception("%s: the thread that speaks with the worker processes failed", self._name)
-        finally:
-            self._end_all()
-
-    def _pause(self) -> float | None:
-        if self._idle_seconds is None:
-            return None
-        return min(1.0, self._idle_seconds / 2)
-
-    def _take_calls(self) -> None:
-        self._wake_reader.recv(4096)
-        with self._lock:
-            self._woken = False
-        for _ in range(len(self._calls)):
-            try:
-                self._calls.popleft()()
-            except Exception:
-                logger.exception("%s: a command failed", self._name)
-
-    def _attend(self, key: selectors.SelectorKey, mask: int) -> None:
-        child, source = key.data
-        if source == "output":
-            self._read_output(child, key.fileobj)
-            return
-        try:
-            if mask & selectors.EVENT_WRITE:
-                child.flush()
-            if mask & selectors.EVENT_READ:
-                self._read_events(child)
+            self._read_events(child)
         except (OSError, WoveError) as exc:
             logger.warning("%s: worker process %d: %s", self._name, child.process.pid, exc)
             child.kill()
-        self._watch(child)
 
-    def _watch(self, child: Child) -> None:
+    def _send(self, child: Child, parts: Sequence[Buffer]) -> None:
+        """Send a packet; what is sent in one turn of the loop leaves together."""
+        if not child.unsent:
+            self._loop.call_soon(self._write, child)
+        child.put(parts)
+
+    def _write(self, child: Child) -> None:
         if child.closed:
             return
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if child.unsent else 0)
-        if wanted != child.watched:
-            child.watched = wanted
-            self._selector.modify(child.socket, wanted, (child, "socket"))
+        child.flush()
+        # Have the loop say when there is room for the rest, and no longer than there is one.
+        if bool(child.unsent) == child.writing:
+            return
+        child.writing = bool(child.unsent)
+        if child.writing:
+            self._loop.add_writer(child.socket, self._write, child)
+        else:
+            self._loop.remove_writer(child.socket)
 
     def _read_events(self, child: Child) -> None:
-        for packet in child.receive():
+        packets = child.receive()
+        # What tasks wrote before their end is in the pipes by now, and belongs before their end.
+        for pipe in list(child.pipes) if packets else ():
+            self._read_output(child, pipe)
+        for packet in packets:
             if packet is None:
                 # It has ended, or closed the line, which is as bad: its exit says how.
-                self._selector.unregister(child.socket)
-                child.closed = True
+                self._unwatch(child)
                 child.kill_soon()
                 return
             self._pass_on(child, packet)
@@ -227,9 +197,6 @@ class ChildProcesses:
             return
         run.seq = packet.envelope.get("seq", run.seq)
         if packet.is_terminal:
-            # What the task wrote before its end is in the pipes by now, and belongs before its end.
-            for pipe in child.pipes:
-                self._read_output(child, pipe)
             self._ended(child, packet.run_id)
         run.emit(packet.kind, [packet.raw])
 
@@ -243,7 +210,7 @@ class ChildProcesses:
     def _read_output(self, child: Child, pipe: Any) -> None:
         text, ended = child.read_output(pipe)
         if ended and pipe in child.pipes:
-            self._selector.unregister(pipe)
+            self._loop.remove_reader(pipe)
             child.pipes.remove(pipe)
             pipe.close()
         for message in text:
@@ -260,28 +227,7 @@ class ChildProcesses:
         frame = frames.event(frames.LOG, run_id, run.task_id, run.attempt, max(1, run.seq), message=message)
         run.emit(frames.LOG, pack_message(frame, []))
 
-    # --- runs -----------------------------------------------------------------
-
-    def _run(self, run_id: str, parts: Sequence[Buffer], run: _Sent) -> None:
-        try:
-            child = self._choose()
-        except Exception as exc:
-            run.lose(run_id, str(exc))
-            return
-        child.runs[run_id] = run
-        self._where[run_id] = child
-        child.accepted += 1
-        child.send(parts)
-        if self._max_tasks is not None and child.accepted >= self._max_tasks:
-            # No more for this one; the next run gets a new one.
-            self._retire(child)
-        self._watch(child)
-
-    def _cancel(self, run_id: str) -> None:
-        child = self._where.get(run_id)
-        if child is not None:
-            child.send(encode_cancel(run_id))
-            self._watch(child)
+    # --- processes --------------------------------------------------------------
 
     def _choose(self) -> Child:
         """Return the process with the least to do; an empty place is filled first."""
@@ -304,8 +250,6 @@ class ChildProcesses:
         child = self._slots[index]
         return -1 if child is None else len(child.runs)
 
-    # --- processes ------------------------------------------------------------
-
     def _spawn(self, index: int) -> Child:
         try:
             child = Child(self._command, env=self._env, cwd=self._cwd)
@@ -315,10 +259,9 @@ class ChildProcesses:
                 'executor_config["command"] is a program with its arguments that leads to "-m wove.worker.stdio"'
             ) from exc
         self._slots[index] = child
-        self._selector.register(child.socket, selectors.EVENT_READ, (child, "socket"))
-        child.watched = selectors.EVENT_READ
+        self._loop.add_reader(child.socket, self._readable, child)
         for pipe in child.pipes:
-            self._selector.register(pipe, selectors.EVENT_READ, (child, "output"))
+            self._loop.add_reader(pipe, self._read_output, child, pipe)
         threading.Thread(
             target=self._wait_for, args=(child,), name=f"wove-wait-{child.process.pid}", daemon=True
         ).start()
@@ -327,10 +270,16 @@ class ChildProcesses:
     def _wait_for(self, child: Child) -> None:
         child.process.wait()
         child.exited.set()
-        self._post(partial(self._bury, child))
+        try:
+            self._loop.call_soon_threadsafe(partial(self._bury, child))
+        except RuntimeError:
+            pass  # the loop has ended, and whoever waited with it
 
     def _bury(self, child: Child) -> None:
         """A process has ended: what it still said counts; runs without an outcome are lost."""
+        if self._closing:
+            child.settled.set()
+            return
         while not child.closed:
             before = len(child.runs)
             try:
@@ -358,12 +307,18 @@ class ChildProcesses:
         self._retiring.discard(child)
         if child in self._slots:
             self._slots[self._slots.index(child)] = None
-        for source in (child.socket, *child.pipes):
-            try:
-                self._selector.unregister(source)
-            except (KeyError, ValueError):
-                pass  # it ended first
-        child.release()
+        self._unwatch(child)
+        for pipe in child.pipes:
+            self._loop.remove_reader(pipe)
+        if not self._closing:
+            child.release()
+
+    def _unwatch(self, child: Child) -> None:
+        if not child.closed:
+            child.closed = True
+            self._loop.remove_reader(child.socket)
+            if child.writing:
+                self._loop.remove_writer(child.socket)
 
     def _not_ready(self, child: Child) -> str:
         code = child.process.poll()
@@ -382,8 +337,7 @@ class ChildProcesses:
             self._tell_to_end(child)
 
     def _tell_to_end(self, child: Child) -> None:
-        child.send(encode_note(frames.SHUTDOWN))
-        self._watch(child)
+        self._send(child, encode_note(frames.SHUTDOWN))
         child.kill_soon(STOP_SECONDS + 1)
 
     def _look_after_idle(self) -> None:
@@ -391,37 +345,28 @@ class ChildProcesses:
             return
         now = time.monotonic()
         for child in self._slots:
-            if (
-                child is not None
-                and child.ready
-                and not child.runs
-                and now - child.idle_since > self._idle_seconds
-            ):
+            idle = child is not None and child.ready and not child.runs
+            if child is not None and idle and now - child.idle_since > self._idle_seconds:
                 self._retire(child)
+        pause = min(1.0, self._idle_seconds / 2)
+        self._idle_timer = self._loop.call_later(pause, self._look_after_idle)
 
-    def _end_all(self) -> None:
-        children = [child for child in (*self._slots, *self._retiring) if child is not None]
-        for child in children:
-            try:
-                child.socket.setblocking(True)
-                child.socket.settimeout(0.5)
-                child.send(encode_note(frames.SHUTDOWN))
-                child.socket.shutdown(socket.SHUT_WR)
-            except OSError:
-                pass  # gone already
-        deadline = time.monotonic() + STOP_SECONDS
-        for child in children:
-            if not child.exited.wait(max(0.0, deadline - time.monotonic())):
-                child.kill()
-                child.exited.wait(STOP_SECONDS)
-            for run_id, run in child.runs.items():
-                run.lose(run_id, f"{self._name} was stopped")
-            child.runs.clear()
-            child.release()
-        self._slots = [None] * len(self._slots)
-        self._selector.close()
-        self._wake_reader.close()
-        self._wake_writer.close()
+
+def _end_all(children: Sequence[Child]) -> None:
+    """Tell processes to end, wait, and end those that do not. Blocks."""
+    for child in children:
+        try:
+            child.socket.settimeout(0.5)
+            child.put(encode_note(frames.SHUTDOWN))
+            child.flush()
+            child.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # gone already
+    deadline = time.monotonic() + STOP_SECONDS
+    for child in children:
+        if not child.exited.wait(max(0.0, deadline - time.monotonic())):
+            child.kill()
+            child.exited.wait(STOP_SECONDS)
 
 
 class _Sent:

@@ -20,7 +20,7 @@ from wove.errors import EncodeError, PayloadRejectedError, ProtocolError, lost, 
 from wove.exchange import VERSION
 from wove.no_pickle import decode_plain, encode_plain
 from wove.remote_errors import encode_exception
-from wove.threads import DaemonPool
+from wove.threads import DaemonPool, in_thread
 from wove.wire import decode_callable, decode_value, encode_value, pack_message
 from wove.worker.context import RunContext, bind
 from wove.worker.execution import load_call, report_failure, supervise
@@ -41,6 +41,8 @@ logger = logging.getLogger("wove.worker")
 
 #: Seconds between two beats of a run, at most.
 BEAT_SECONDS = 5.0
+#: Seconds after which a task that still runs is reported as started.
+STARTED_SECONDS = 0.03
 #: Threads that encode the outcomes of coroutines: a slow one does not hold up the others.
 OUTCOME_THREADS = 8
 #: Seconds that closing waits for cancelled tasks.
@@ -88,8 +90,12 @@ class Runner:
         """Forget a run."""
         self._runs.pop(run.run_id, None)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Cancel what runs; see :meth:`Engine.close`."""
+        await in_thread(self.close_now)
+
+    def close_now(self) -> None:
+        """Cancel what runs and wait a moment for it. Blocks."""
         for run in list(self._runs.values()):
             run.cancel()
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -136,7 +142,7 @@ class _Run:
 
     def execute(self) -> None:
         """Run the task; a coroutine goes on in the tasks' loop."""
-        self._send(frames.TASK_STARTED)
+        # Said once the task has taken a moment; the outcome of a short one says as much.
         self._runner.begun(self)
         if self.context.cancelled:
             self.acknowledge_cancel()
@@ -238,7 +244,7 @@ class _Run:
         self._finish(frames.TASK_CANCELLED, [])
 
     def lost(self, message: str) -> None:
-        """Deliver that nothing of it ran."""
+        """Deliver that the delivery failed, and not the task."""
         self._finish(frames.TASK_ERROR, [], error=lost(message))
 
     def cancel(self) -> None:
@@ -252,8 +258,8 @@ class _Run:
             self.acknowledge_cancel()
 
     def beat(self) -> None:
-        """Say that the task still runs."""
-        self._send(frames.HEARTBEAT)
+        """Say that the task has started, then that it still runs."""
+        self._send(frames.HEARTBEAT if self._seq else frames.TASK_STARTED)
 
     def _report(self, kind: str, **fields: Any) -> None:
         self._send(kind, **fields)
@@ -271,11 +277,15 @@ class _Run:
             if self._finished:
                 return
             self._finished = last
-            self._seq += 1
-            if kind == frames.TASK_STARTED:
-                fields["worker"] = self.worker
-            frame = frames.event(kind, self.run_id, self.task_id, self._attempt, self._seq, **fields)
-            self._emit(kind, pack_message(frame, attachments or []))
+            if not self._seq and not last:
+                self._emit_event(frames.TASK_STARTED, [], worker=self.worker)
+            if kind != frames.TASK_STARTED:
+                self._emit_event(kind, attachments or [], **fields)
+
+    def _emit_event(self, kind: str, attachments: list[Buffer], **fields: Any) -> None:
+        self._seq += 1
+        frame = frames.event(kind, self.run_id, self.task_id, self._attempt, self._seq, **fields)
+        self._emit(kind, pack_message(frame, attachments))
 
 
 async def _contained(awaitable: Any) -> tuple[Any, BaseException | None]:
@@ -345,7 +355,7 @@ class _Beater:
     def watch(self, run: _Run) -> None:
         """Beat for ``run`` until it is no longer among the runs."""
         with self._wake:
-            run.next_beat = time.monotonic() + run.beat_every
+            run.next_beat = time.monotonic() + STARTED_SECONDS
             if run.next_beat >= self._wake_at:
                 return
             if self._thread is None:

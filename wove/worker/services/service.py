@@ -29,6 +29,8 @@ logger = logging.getLogger("wove.worker")
 
 #: Largest request, in bytes: the arguments of the runs that leave together.
 MAX_REQUEST = 256 * 1024 * 1024
+#: Seconds in which a run may end so that its whole answer leaves in one piece.
+QUICK_SECONDS = 0.02
 #: Seconds between two packets of an answer: what is silent for longer is lost.
 PING_SECONDS = 5.0
 #: Seconds that a run whose connection was cut goes on, where its caller does not come back for it.
@@ -108,8 +110,12 @@ class Service:
             for pattern in self._allow.patterns if self._allow is not None else ():
                 command += ["--allow", pattern]
             children = ChildProcesses(command, name=f"worker service {self._name}", processes=self._processes)
+            try:
+                await children.start()
+            except BaseException:
+                await children.close()
+                raise
             self._engine = children
-            await in_thread(children.start)
         else:
             self._engine = Runner(threads=self._threads, allow=self._allow, backend=self._name)
         self._hub = Hub(self._engine, retention=self._retention)
@@ -129,7 +135,7 @@ class Service:
             self._hub.cancel_all()
             self._hub.close()
         if engine is not None:
-            await in_thread(engine.close)
+            await engine.close()
 
     def refuse(self, exc: NetworkSecurityError, peer: str) -> None:
         """Say in the log that somebody was not let in; a flood of them does not flood the log."""

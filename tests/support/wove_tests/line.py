@@ -1,4 +1,4 @@
-"""A TCP proxy on the test's own event loop that fails on demand: cut, frozen, slow."""
+"""A TCP proxy that fails on demand: cut, frozen, slow."""
 
 from __future__ import annotations
 

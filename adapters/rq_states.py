@@ -1,0 +1,82 @@
+"""What RQ's jobs and workers are doing, as Redis knows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wove.adapters.base import BackendState
+
+_STATES = {
+    "queued": "queued",
+    "deferred": "queued",
+    "scheduled": "queued",
+    "created": "queued",
+    "started": "running",
+    "finished": "done",
+    "failed": "failed",
+    "stopped": "failed",
+    "canceled": "failed",
+}
+
+
+def state_of(status: str, worker: str, alive: bool | None, parked: bytes | None) -> BackendState:
+    """Say what a job's status means, given whether the worker named in it lives."""
+    if not status:
+        return BackendState("gone", "RQ has no such job", parked)
+    detail = f"RQ's job is {status}"
+    if status != "started":
+        return BackendState(_STATES.get(status, "unknown"), detail, parked)
+    if alive is None:
+        return BackendState("unknown", f"{detail}, whether its worker {worker} lives is not known", parked)
+    if alive:
+        return BackendState("running", f"{detail}, its worker {worker} is there", parked)
+    return BackendState("lost", f"{detail}, and its worker {worker} has left Redis", parked)
+
+
+def living(connection: Any, workers: set[str]) -> dict[str, bool]:
+    """Return for each worker of which it is known whether it lives.
+
+    RQ itself learns of a killed worker after minutes. Redis knows at once: a worker listens for
+    commands on a channel of its own as long as it lives, also after it had to connect again.
+    """
+    from redis.exceptions import RedisError
+    from rq.command import PUBSUB_CHANNEL_TEMPLATE
+    from rq.worker import BaseWorker
+
+    known: dict[str, bool] = {}
+    try:
+        channels = {PUBSUB_CHANNEL_TEMPLATE % worker: worker for worker in workers}
+        listening = {as_str(name) for name, count in connection.pubsub_numsub(*channels) if count}
+        known = {worker: True for channel, worker in channels.items() if channel in listening}
+        missing = sorted(workers - known.keys())
+        if missing:
+            connected = {client.get("name") for client in connection.client_list()}
+            now, _ = connection.time()
+            began = now - int(connection.info("server")["uptime_in_seconds"])
+            with connection.pipeline(transaction=False) as pipeline:
+                for worker in missing:
+                    pipeline.hget(BaseWorker.redis_worker_namespace_prefix + worker, "birth")
+                births = dict(zip(missing, pipeline.execute(), strict=True))
+            for worker, birth in births.items():
+                if worker in connected:
+                    known[worker] = True
+                # A worker that is older than this Redis server may be about to connect to it.
+                elif _is_after(birth, began):
+                    known[worker] = False
+    except (RedisError, KeyError, ValueError):
+        pass  # not allowed here, or a proxy in between: not known
+    return known
+
+
+def as_str(value: Any) -> str:
+    """Return what Redis answered as text; "" for nothing."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value or "")
+
+
+def _is_after(birth: Any, moment: float) -> bool:
+    from rq.utils import utcparse
+
+    try:
+        return bool(utcparse(as_str(birth)).timestamp() > moment)
+    except (ValueError, TypeError):
+        return False

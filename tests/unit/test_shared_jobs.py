@@ -1,0 +1,35 @@
+"""The names by which the runs of several processes find each other."""
+
+from __future__ import annotations
+
+from wove.adapters.rq_sharing import Ticket
+from wove.backend import shared_name
+from wove.commands import again_frame
+from wove.policy import DeliveryPolicy
+
+
+def test_a_name_tells_environment_queue_and_key_apart() -> None:
+    name = shared_name("reports", "default", "report-7")
+    assert name == shared_name("reports", "default", "report-7")
+    assert len(name) == len(shared_name("r" * 200, "q" * 200, "k" * 1000)) == len("wove:shared:") + 32
+    others = [
+        ("report", "sdefault", "report-7"),
+        ("reports", "defaultr", "eport-7"),
+        ("default", "reports", "report-7"),
+        ("reports", "default", "report-8"),
+        ("reports", "default", "\udc80"),  # from a file's name, for one
+    ]
+    assert name not in {shared_name(*parts) for parts in others}
+
+
+def test_a_ticket_is_told_from_a_jobs_id() -> None:
+    ticket = Ticket("a" * 32 + "-2", "b" * 32, shared_name("reports", "default", "7"))
+    assert Ticket.read(str(ticket)) == ticket
+    for other in (None, "a" * 32, "a" * 32 + "-2", 7, object()):
+        assert Ticket.read(other) is None
+
+
+def test_a_run_that_is_put_back_on_the_queue_keeps_its_key() -> None:
+    frame = {"type": "run_task", "run_id": "a" * 32, "delivery": {"attempt": 1, "key": "7"}}
+    again = again_frame(frame, DeliveryPolicy(), 2, attended=False)["delivery"]
+    assert (again["attempt"], again["key"], again["attended"]) == (2, "7", False)
