@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest matrix chaos kills format clean
+.PHONY: help demo test lint types pytest matrix chaos kills fuzz format clean
 
 help: ## what can be made
 	@awk -F ' ## ' '/^[a-z]+:.* ## / { sub(/:.*/, "", $$1); printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,11 @@ chaos: $(VENV)/.test ## thousands of runs while workers, brokers and the network
 # KILLS=20 CHAOS_SEED=7 HEALTHY_SECONDS=600 make kills
 kills: $(VENV)/.test ## how soon a caller learns that its worker was killed: KILLS (20), CHAOS_SEED, HEALTHY_SECONDS
 	@PYTHONPATH=tests/support $(BIN)/python -m wove_tests.chaos.kills
+
+# FUZZ_EXAMPLES=20000 FUZZ_REQUESTS=10000 FUZZ_SEED=7 make fuzz
+fuzz: $(VENV)/.test ## made-up bytes for every decoder and the listener, for minutes: FUZZ_EXAMPLES, FUZZ_REQUESTS, FUZZ_SEED
+	@FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-5000} FUZZ_REQUESTS=$${FUZZ_REQUESTS:-10000} \
+	  $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
 
 format: $(VENV)/.test ## let ruff mend and format the code
 	@$(BIN)/ruff check --fix .

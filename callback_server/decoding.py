@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.errors import ProtocolError, normalize_exception, safe_text
+from wove.no_pickle import decode_plain
 from wove.plain_data import from_tagged
 from wove.remote_errors import decode_exception
 from wove.security import event_tag, same
@@ -21,8 +22,12 @@ MSGPACK = "application/msgpack"
 #: Longest name of an execution, in characters.
 MAX_EXECUTION = 64
 
+_PLAIN_ONLY = 'the environment has "pickle": False and takes'
 
-def decode_batch(body: bytearray, codec: str, run_id: str, *, final: bool) -> list[Frame]:
+
+def decode_batch(
+    body: bytearray, codec: str, run_id: str, *, final: bool, plain: bool = False
+) -> list[Frame]:
     """Decode the body of an events request whose signature was verified.
 
     Args:
@@ -30,6 +35,7 @@ def decode_batch(body: bytearray, codec: str, run_id: str, *, final: bool) -> li
         codec: its content type.
         run_id: the run that every frame has to name.
         final: whether the last frame has to be an outcome.
+        plain: whether nothing may be unpickled, although it is signed.
 
     Returns:
         At least one checked frame; unknown types are among them.
@@ -40,7 +46,7 @@ def decode_batch(body: bytearray, codec: str, run_id: str, *, final: bool) -> li
     if codec == JSON:
         batch = _decode_json(body)
     elif codec == MSGPACK:
-        batch = _decode_msgpack(body)
+        batch = _decode_msgpack(body, plain)
     else:
         raise ProtocolError(f"a body is {MSGPACK} or {JSON}")
     _check_batch(run_id, batch, final)
@@ -61,7 +67,7 @@ def open_parked(run: OpenRun, blob: bytes) -> list[Frame]:
     key = run.key(kid)
     if key is None or not same(event_tag(key, run.run_id, MSGPACK, True, [body]), tag):
         raise ProtocolError(f"the outcome that was parked for run {run.run_id} is not signed with its key")
-    return decode_batch(bytearray(body), MSGPACK, run.run_id, final=True)
+    return decode_batch(bytearray(body), MSGPACK, run.run_id, final=True, plain=run.plain)
 
 
 def _check_batch(run_id: str, batch: list[Frame], final: bool) -> None:
@@ -94,20 +100,25 @@ def _frames_of(message: dict[str, Any]) -> list[Frame]:
     return batch
 
 
-def _decode_msgpack(body: bytearray) -> list[Frame]:
+def _decode_msgpack(body: bytearray, plain: bool) -> list[Frame]:
     envelope, attachments = unpack_message(body)
     batch = _frames_of(envelope)
     for frame in batch:
         if "result" in frame:
-            _decode_result(frame, attachments)
-        if "exception" in frame:
+            _decode_result(frame, attachments, plain)
+        if plain:
+            frame.pop("exception", None)  # its text stands in the error
+        elif "exception" in frame:
             frame["exception"] = decode_exception(frame["exception"], attachments)
     return batch
 
 
-def _decode_result(frame: Frame, attachments: list[memoryview]) -> None:
+def _decode_result(frame: Frame, attachments: list[memoryview], plain: bool) -> None:
     try:
-        frame["result"] = decode_value(frame["result"], attachments)
+        if plain:
+            frame["result"] = decode_plain(frame["result"], attachments, "a pickle was sent", _PLAIN_ONLY)
+        else:
+            frame["result"] = decode_value(frame["result"], attachments)
     except ProtocolError:
         raise
     except BaseException as exc:

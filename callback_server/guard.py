@@ -57,10 +57,11 @@ class Guard:
         self._active: set[Any] = set()
         self._bytes = 0
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._max_connections = MAX_CONNECTIONS
+        #: Connections at once.
+        self.max_connections = MAX_CONNECTIONS
         if descriptors != resource.RLIM_INFINITY:
             # The application needs descriptors too.
-            self._max_connections = min(MAX_CONNECTIONS, max(8, descriptors // DESCRIPTOR_SHARE))
+            self.max_connections = min(MAX_CONNECTIONS, max(8, descriptors // DESCRIPTOR_SHARE))
 
     @property
     def connections(self) -> int:
@@ -88,8 +89,12 @@ class Guard:
                 self._on_lost(gone)
         for protocol in live:
             self._last_seen.setdefault(protocol, now)
-        idle = sorted((p for p in self._last_seen if p not in self._active), key=self._last_seen.__getitem__)
-        excess = len(live) - self._max_connections
+        # Those that never asked for anything go first: they may have come before one that a look saw later.
+        idle = sorted(
+            (p for p in self._last_seen if p not in self._active),
+            key=lambda p: (p in self._used, self._last_seen[p]),
+        )
+        excess = len(live) - self.max_connections
         for index, protocol in enumerate(idle):
             limit = KEEP_ALIVE_SECONDS if protocol in self._used else HEAD_SECONDS
             if index < excess or now - self._last_seen[protocol] > limit:

@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from wove.callback_server.server import CallbackListener
+from wove.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -14,12 +15,15 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from wove.callback_server.runs import OpenRun
+    from wove.callback_server.tls import ListenerTls
     from wove.frames import Frame
 
     Sink = Callable[[Iterable[Frame]], bool]
+    # With a port of 0, those who speak TLS alike share a listener.
+    _Key = tuple[str, int, ListenerTls | None]
 
 _lock = threading.Lock()
-_listeners: dict[tuple[str, int], _Shared] = {}
+_listeners: dict[_Key, _Shared] = {}
 
 
 class _Shared:
@@ -31,7 +35,7 @@ class _Shared:
 class Lease:
     """One user's share of a listener. Thread-safe; all runs of a lease have one sink."""
 
-    def __init__(self, key: tuple[str, int], listener: CallbackListener) -> None:
+    def __init__(self, key: _Key, listener: CallbackListener) -> None:
         self._key = key
         self._listener: CallbackListener | None = listener
         self.host = listener.host
@@ -106,22 +110,24 @@ class Lease:
             listener.stop()
 
 
-def acquire(host: str, port: int) -> Lease:
+def acquire(host: str, port: int, tls: ListenerTls | None = None) -> Lease:
     """Return a share of the listener on that address, starting it when it is the first.
 
     Args:
         host: the address to listen on.
         port: the port; 0 for any free one, shared by all who ask for 0 on that host.
+        tls: how to speak TLS there; None for plain HTTP.
 
     Raises:
         ConfigurationError: the address cannot be bound, for example because another
-            process has the port.
+            process has the port, or this one speaks otherwise there.
     """
-    key = (host, port)
+    key = (host, port, tls)
     with _lock:
+        _check_alike(key)
         shared = _listeners.get(key)
         if shared is None or not shared.listener.alive:
-            listener = CallbackListener(host, port)
+            listener = CallbackListener(host, port, tls)
             try:
                 listener.start()
             except BaseException:
@@ -130,6 +136,19 @@ def acquire(host: str, port: int) -> Lease:
             shared = _listeners[key] = _Shared(listener)
         shared.users += 1
         return Lease(key, shared.listener)
+
+
+def _check_alike(key: _Key) -> None:
+    host, port, tls = key
+    for other_host, other_port, other in _listeners:
+        if port and (host, port) == (other_host, other_port) and tls != other:
+            spoken = [("plain HTTP" if it is None else "TLS") for it in (other, tls)]
+            if spoken == ["TLS", "TLS"]:
+                spoken = ["TLS by other certificates", "TLS by these"]
+            raise ConfigurationError(
+                f"callback_port {port} on {host} is in use in this process for {spoken[0]}, and cannot serve {spoken[1]} "
+                'as well: give both environments the same executor_config["callback_tls"], or another callback_port'
+            )
 
 
 def _forget() -> None:

@@ -276,7 +276,7 @@ def _verify_and_decode(
     if not same(event_tag(key, run.run_id, codec, final, [body]), tag):
         raise unauthorized(request)
     try:
-        return decode_batch(body, codec, run.run_id, final=final)
+        return decode_batch(body, codec, run.run_id, final=final, plain=run.plain)
     except ProtocolError as exc:
         if not final:
             raise web.HTTPBadRequest(text=cut(str(exc), 500)) from None

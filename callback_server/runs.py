@@ -78,11 +78,12 @@ class OpenRun:
         attempt: which attempt workers are to make; events of earlier ones count little.
         heartbeat: seconds of silence allowed, or None.
         on_suspect: called in the listener's thread when a process that runs it is gone.
+        plain: whether its outcome may be plain data only, and nothing is unpickled.
     """
 
     __slots__ = (
         "_keys", "asked_at", "asks", "attempt", "cancelled", "cancelled_at", "closed", "environment", "executions", "heartbeat", "job", "lost", "max_body", "message", "nonce", "obituary",
-        "on_suspect", "opened_at", "ring", "run_id", "sink", "task_id", "watchers", "worker",
+        "on_suspect", "opened_at", "plain", "ring", "run_id", "sink", "task_id", "watchers", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +100,7 @@ class OpenRun:
         attempt: int = 1,
         heartbeat: float | None = None,
         on_suspect: Callable[[OpenRun], None] | None = None,
+        plain: bool = False,
     ) -> None:
         self.run_id = run_id
         self.task_id = task_id
@@ -111,6 +113,7 @@ class OpenRun:
         self.attempt = attempt
         self.heartbeat = heartbeat
         self.on_suspect = on_suspect
+        self.plain = plain
         self.cancelled = False
         #: When it was cancelled, in monotonic seconds.
         self.cancelled_at = 0.0

@@ -16,6 +16,7 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
 from wove.callback_server.contacts import Contacts
+from wove.callback_server.door import TlsDoor
 from wove.callback_server.guard import KEEP_ALIVE_SECONDS, Guard
 from wove.callback_server.routes import Routes
 from wove.callback_server.runs import OpenRuns
@@ -23,6 +24,7 @@ from wove.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from wove.callback_server.runs import OpenRun
+    from wove.callback_server.tls import ListenerTls
 
 logger = logging.getLogger("wove.callback_server")
 
@@ -54,11 +56,13 @@ class CallbackListener:
     Args:
         host: the address to listen on.
         port: the port; 0 for a free one.
+        tls: how it speaks TLS, or None.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, tls: ListenerTls | None = None) -> None:
         self.host = host
         self.port = port
+        self.tls = tls
         self.runs = OpenRuns()
         self.contacts = Contacts()
         self.guard = Guard(self.contacts.lost, self.runs.forgive)
@@ -192,24 +196,44 @@ class CallbackListener:
         )
         await runner.setup()
         sweeper: asyncio.Task[None] | None = None
+        door: TlsDoor | None = None
+        listening: asyncio.Server | None = None
         try:
-            site = web.TCPSite(runner, self.host, self.port, backlog=BACKLOG, reuse_address=True)
-            await site.start()
             server = runner.server
             if server is None:
                 raise RuntimeError("aiohttp started no server")
-            address = runner.addresses[0]
-            self._sockets = _listening_sockets(site)
-            for listening in self._sockets:
-                _notice_black_holes(listening)
+            listening = await self._loop.create_server(
+                server,
+                self.host,
+                self.port,
+                backlog=BACKLOG,
+                reuse_address=True,
+                # Who speaks TLS comes in by a door of its own.
+                start_serving=self.tls is None,
+            )
+            # asyncio shows its sockets, and not what takes to close them in a forked child.
+            self._sockets = [getattr(sock, "_sock", sock) for sock in listening.sockets]
+            for accepting in self._sockets:
+                _notice_black_holes(accepting)
+            if self.tls is not None:
+                door = TlsDoor(server, self.tls.context, self.guard.max_connections // 2)
+                door.open(self._sockets, BACKLOG)
             sweeper = asyncio.create_task(self.guard.sweep(server))
-            bound.set_result(int(address[1]))
+            bound.set_result(int(self._sockets[0].getsockname()[1]))
             await self._stop.wait()
         finally:
             if sweeper is not None:
                 sweeper.cancel()
             await self._accept_no_more()
+            if door is not None:
+                door.close()
+            if listening is not None:
+                listening.close()
             await runner.cleanup()
+            if door is not None:
+                door.abort()
+                for _ in range(3):  # what was dropped is closed in the loop's next turns
+                    await asyncio.sleep(0)
 
     async def _accept_no_more(self) -> None:
         """Leave off accepting, and let connections that were accepted this moment get their handlers.
@@ -237,9 +261,3 @@ def _notice_black_holes(listening: Any) -> None:
                 listening.setsockopt(socket.IPPROTO_TCP, option, value)
     with suppress(OSError):
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
-def _listening_sockets(site: web.TCPSite) -> list[Any]:
-    # aiohttp has no public way to the sockets; they are needed only to close them in a forked child.
-    server = getattr(site, "_server", None)
-    return [getattr(sock, "_sock", sock) for sock in getattr(server, "sockets", None) or ()]

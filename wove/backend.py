@@ -55,6 +55,8 @@ def build_payload(
     callback_url: str,
     max_body: int | None = None,
     nonce: bytes | None = None,
+    expires: float | None = None,
+    plain: bool = False,
 ) -> BuiltPayload:
     """Encode and sign a ``run_task`` frame.
 
@@ -65,6 +67,8 @@ def build_payload(
         callback_url: where workers report to.
         max_body: the largest outcome, in bytes, that will be taken there.
         nonce: that of the run's earlier attempts, so that what they say can be verified as well.
+        expires: seconds after which no worker takes it any more; None for never.
+        plain: send the callable by name and plain data only, and ask the worker for the same.
 
     Raises:
         EncodeError: the callable or an argument cannot be sent; nothing was submitted.
@@ -86,14 +90,13 @@ def build_payload(
         "keep": delivery.get("keep", False),
         "attended": delivery.get("attended", True),
         "max_body": max_body,
+        "expires": expires,
+        "plain": plain,
     }
     if delivery.get("key") is not None:
         # By which backends that can do so let runs of other processes share the job.
         head["key"] = delivery["key"]
-    call = {
-        "callable": encode_callable(frame["callable"], attachments),
-        "args": encode_arguments(list(frame.get("positional", ())), dict(frame["args"]), attachments),
-    }
+    call = _encode_call(frame, attachments, plain)
     # Work that may outlive its submitter has to have everything with it.
     if delivery.get("keep") or sum(memoryview(part).nbytes for part in attachments) < FETCH_FROM:
         message = pack_message({**head, **call}, attachments)
@@ -105,6 +108,22 @@ def build_payload(
     size = sum(memoryview(part).nbytes for part in large)
     message = pack_message({**head, "fetch": [size, digest.digest()]}, [])
     return BuiltPayload(seal_payload(ring, environment, message), nonce, large)
+
+
+def _encode_call(frame: Frame, attachments: list[Buffer], plain: bool) -> dict[str, Any]:
+    positional, keywords = list(frame.get("positional", ())), dict(frame["args"])
+    if plain:
+        from wove.no_pickle import encode_plain_arguments, plain_reference
+
+        setting = 'executor_config["pickle"] is False'
+        return {
+            "callable": plain_reference(frame["callable"], setting),
+            "args": encode_plain_arguments(positional, keywords, attachments, setting),
+        }
+    return {
+        "callable": encode_callable(frame["callable"], attachments),
+        "args": encode_arguments(positional, keywords, attachments),
+    }
 
 
 def encode_arguments(positional: list[Any], keywords: dict[str, Any], attachments: list[Buffer]) -> list[Any]:
@@ -198,10 +217,16 @@ def resolve_callback_url(config: Mapping[str, Any], host: str, port: int) -> str
                 f'callback_host "{host}" listens on every address, and workers need one of them: set '
                 'executor_config["callback_url"], for example "http://{hostname}:{port}"'
             )
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        scheme = "http" if config.get("callback_tls") is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
     if not isinstance(configured, str) or not configured.startswith(("http://", "https://")):
         raise ConfigurationError(
             f'executor_config["callback_url"] begins with http:// or https://; got {configured!r}'
+        )
+    if config.get("callback_tls") is not None and not configured.startswith("https://"):
+        raise ConfigurationError(
+            f'executor_config["callback_url"] is {configured!r}, and the listener speaks TLS ("callback_tls"): it begins '
+            "with https://"
         )
     try:
         url = configured.format(hostname=os.environ.get("HOSTNAME") or socket.gethostname(), port=port)

@@ -26,11 +26,13 @@ MAX_DEPTH = 64
 MAX_NESTING = 2 * MAX_DEPTH + 64
 MAX_SEQUENCE = 1_000_000
 MAX_MAPPING = 100_000
+#: Lists, mappings and tagged values in one value.
+MAX_CONTAINERS = 1_000_000
 
 #: What :func:`shape_of` returns.
 PLAIN, TAGGED, OTHER = 0, 1, 2
 
-_SCALARS = frozenset({type(None), bool, int, float, str, bytes})
+SCALARS = frozenset({type(None), bool, int, float, str, bytes})
 #: Types that are tagged, by where they are defined: looking them up in ``sys.modules``
 #: spares a worker the import of modules that no value of its run comes from.
 _TAGGED_SCALARS = {
@@ -55,7 +57,7 @@ def _shape(value: Any, depth: int, seen: set[int]) -> int:
     walking it again could take exponential time.
     """
     cls = type(value)
-    if cls in _SCALARS:
+    if cls in SCALARS:
         return PLAIN
     if cls in (list, dict, tuple, set, frozenset):
         if depth > MAX_DEPTH or len(value) > (MAX_MAPPING if cls is dict else MAX_SEQUENCE):
@@ -64,21 +66,26 @@ def _shape(value: Any, depth: int, seen: set[int]) -> int:
             if id(value) in seen:
                 return OTHER
             seen.add(id(value))
-        return _container_shape(cls, value, depth, seen)
-    return TAGGED if _scalar_tag(value) else OTHER
+        shape = _container_shape(cls, value, depth, seen)
+        return shape if len(seen) <= MAX_CONTAINERS else OTHER
+    if not is_plain_scalar(value):
+        return OTHER
+    seen.add(-len(seen) - 1)  # counted by a number that is no id: it becomes a mapping
+    return TAGGED
 
 
 def _container_shape(cls: type, value: Any, depth: int, seen: set[int]) -> int:
     shape = PLAIN if cls in (list, dict) else TAGGED
     members: Any = value
     if cls is dict:
-        if TAG in value or not _SCALARS.issuperset(map(type, value)):
+        if TAG in value or not SCALARS.issuperset(map(type, value)):
             shape = TAGGED
             members = [*value, *value.values()]
+            seen.update(range(-len(seen) - len(value), -len(seen)))  # each entry becomes a list
         else:
             members = value.values()
     # Large flat lists are the common large case; one pass in C settles them.
-    if _SCALARS.issuperset(map(type, members)):
+    if SCALARS.issuperset(map(type, members)):
         return shape
     for member in members:
         inner = _shape(member, depth + 1, seen)
@@ -86,6 +93,11 @@ def _container_shape(cls: type, value: Any, depth: int, seen: set[int]) -> int:
             return OTHER
         shape = max(shape, inner)
     return shape
+
+
+def is_plain_scalar(value: Any) -> bool:
+    """Tell whether ``value`` is a date, a time, a Decimal or a UUID that comes back exactly."""
+    return _scalar_tag(value) is not None
 
 
 def _scalar_tag(value: Any) -> str | None:
@@ -142,7 +154,7 @@ def to_tagged(value: Any, *, for_json: bool = False) -> Any:
 
 
 def _tag_mapping(value: dict[Any, Any], again: Callable[[Any], Any], for_json: bool) -> Any:
-    keys = {str} if for_json else _SCALARS
+    keys = {str} if for_json else SCALARS
     if TAG not in value and all(type(key) in keys for key in value):
         return {key: again(item) for key, item in value.items()}
     return {TAG: "dict", "v": [[again(key), again(item)] for key, item in value.items()]}

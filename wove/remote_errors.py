@@ -26,8 +26,16 @@ if TYPE_CHECKING:
 MAX_CHAIN = 8
 
 
-def encode_exception(exc: BaseException, attachments: list[Buffer]) -> list[dict[str, Any]]:
-    """Describe ``exc`` and its causes. Never raises for a hostile exception."""
+def encode_exception(
+    exc: BaseException, attachments: list[Buffer], *, plain: bool = False
+) -> list[dict[str, Any]]:
+    """Describe ``exc`` and its causes. Never raises for a hostile exception.
+
+    Args:
+        exc: the exception.
+        attachments: those of its message so far.
+        plain: describe it by data alone; else its object goes along where it can.
+    """
     chain: list[dict[str, Any]] = []
     seen: set[int] = set()
     link = ""
@@ -40,7 +48,7 @@ def encode_exception(exc: BaseException, attachments: list[Buffer]) -> list[dict
             "notes": [safe_text(note, 2_000) for note in _notes(current)[:8]],
             "link": link,
         }
-        value = _encode_object(current, attachments)
+        value = None if plain else _encode_object(current, attachments)
         if value is not None:
             entry["value"] = value
         chain.append(entry)

@@ -11,27 +11,26 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
-import re
-import secrets
-import socket
-import stat
 import struct
-from functools import lru_cache
-from ipaddress import ip_address
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
-from wove.errors import ConfigurationError, PayloadRejectedError
+from wove.errors import PayloadRejectedError
+from wove.keyring import MIN_SECRET, Secret, SecretRing, cookie_path, find_secrets, is_cookie
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from typing_extensions import Buffer
 
-#: Shortest secret, in bytes, that is accepted.
-MIN_SECRET = 16
+    from wove.network_security import NetworkExecutorSecurity
+
+#: Names of :mod:`wove.keyring` and :mod:`wove.network_security` are known by this module's name as well.
+__all__ = [
+    "MIN_SECRET", "NetworkExecutorSecurity", "Secret", "SecretRing", "beat_tag", "cancel_tag", "cookie_path",
+    "event_tag", "fetch_tag", "find_secrets", "is_cookie", "mac", "open_payload", "reply_tag", "run_key", "same",
+    "scrub", "seal_payload", "webhook_token", "without_passwords",
+]  # fmt: skip
+
 #: Bytes of a signature.
 TAG_SIZE = 32
 #: Bytes of a run's nonce.
@@ -39,165 +38,7 @@ NONCE_SIZE = 16
 
 #: How every payload begins: the name, and the version of what follows.
 PAYLOAD_MAGIC = b"WOVE\x01"
-_LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
-_KEY_ID = re.compile(r"[A-Za-z0-9._-]{1,32}")
 _LENGTH = struct.Struct(">I")
-
-
-class Secret:
-    """One shared secret with the id that peers name it by. Never shows its value."""
-
-    __slots__ = ("_value", "kid")
-
-    def __init__(self, value: bytes, kid: str | None = None) -> None:
-        if len(value) < MIN_SECRET:
-            raise ConfigurationError(
-                f"a secret needs at least {MIN_SECRET} bytes and this one has {len(value)}; make one with: "
-                "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
-            )
-        if kid is not None and not _KEY_ID.fullmatch(kid):
-            raise ConfigurationError(
-                "a secret's key id, before its colon, has 1 to 32 letters, digits, dots, dashes and underscores; a "
-                "secret without an id contains no colon"
-            )
-        self._value = value
-        self.kid = kid or hmac.digest(value, b"wove/1 key id", "sha256").hex()[:8]
-
-    def __repr__(self) -> str:
-        return f"Secret(kid={self.kid!r})"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a Secret is never pickled")
-
-    def derive(self, info: str, environment: str) -> bytes:
-        """Return the 32-byte key for ``info`` in ``environment`` (HKDF-SHA256)."""
-        return _hkdf(self._value, info.encode(), environment.encode())
-
-
-@lru_cache(maxsize=256)
-def _hkdf(secret: bytes, info: bytes, salt: bytes) -> bytes:
-    extracted = hmac.digest(salt or bytes(TAG_SIZE), secret, "sha256")
-    return hmac.digest(extracted, info + b"\x01", "sha256")
-
-
-class SecretRing:
-    """The secrets in force: the first signs, all verify, so that they can be rotated."""
-
-    __slots__ = ("_by_kid", "primary", "source")
-
-    def __init__(self, entries: Sequence[Secret], source: str) -> None:
-        if not entries:
-            raise ConfigurationError(f"{source} holds no secret")
-        self.primary = entries[0]
-        self.source = source
-        self._by_kid = {entry.kid: entry for entry in reversed(entries)}
-
-    def __repr__(self) -> str:
-        return f"SecretRing(kids={sorted(self._by_kid)}, source={self.source!r})"
-
-    def get(self, kid: str) -> Secret | None:
-        """Return the secret with that id, or None."""
-        return self._by_kid.get(kid)
-
-    @property
-    def kids(self) -> list[str]:
-        """The ids of all secrets."""
-        return list(self._by_kid)
-
-    @classmethod
-    def parse(cls, text: str, source: str) -> SecretRing:
-        """Read ``secret`` or ``kid:secret``, several separated by commas.
-
-        Raises:
-            ConfigurationError: no secret, or one that is too short; never shows its value.
-        """
-        entries = []
-        for item in filter(None, (part.strip() for part in text.split(","))):
-            kid, colon, value = item.partition(":")
-            try:
-                entries.append(
-                    Secret(
-                        (value if colon else item).encode("utf-8", "surrogateescape"), kid if colon else None
-                    )
-                )
-            except ConfigurationError as exc:
-                raise ConfigurationError(f"{source}: {exc}") from None
-        return cls(entries, source)
-
-
-def find_secrets(configured: object = None) -> SecretRing:
-    """Return the secrets of ``executor_config["security"]``, ``WOVE_SECRET`` or the cookie.
-
-    Args:
-        configured: the ``security`` setting: a string, or None.
-
-    Raises:
-        ConfigurationError: an unusable setting; the message names where it came from.
-    """
-    if configured is not None:
-        if not isinstance(configured, str):
-            raise ConfigurationError(
-                f'executor_config["security"] is a string, not {type(configured).__name__}'
-            )
-        return SecretRing.parse(configured, 'executor_config["security"]')
-    text = os.environ.get("WOVE_SECRET")
-    if text is not None:
-        return SecretRing.parse(text, "WOVE_SECRET")
-    path = cookie_path()
-    return _parse_cookie(path)
-
-
-COOKIE_SOURCE = "the cookie file"
-
-
-def is_cookie(ring: SecretRing) -> bool:
-    """Tell whether the ring comes from the per-user cookie, which no other host has."""
-    return ring.source.startswith(COOKIE_SOURCE)
-
-
-def cookie_path() -> Path:
-    """Return where this user's cookie stands: ``$XDG_CONFIG_HOME/wove/cookie``."""
-    base = os.environ.get("XDG_CONFIG_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".config") / "wove" / "cookie"
-    except RuntimeError:
-        raise ConfigurationError(
-            "this user has no home directory to keep a cookie in: set WOVE_SECRET"
-        ) from None
-
-
-def _parse_cookie(path: Path) -> SecretRing:
-    source = f"{COOKIE_SOURCE} {path}"
-    try:
-        if not path.exists():
-            _create_cookie(path)
-        info = path.stat()
-        if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
-            raise ConfigurationError(f"{source} can be read by others: chmod 600 {path}, or set WOVE_SECRET")
-        return SecretRing.parse(path.read_text(encoding="ascii").strip(), source)
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"{source} holds no secret: remove it, or set WOVE_SECRET") from None
-    except OSError as exc:
-        raise ConfigurationError(
-            f"{source} cannot be used ({exc.strerror}): set WOVE_SECRET on the submitter and its workers"
-        ) from exc
-
-
-def _create_cookie(path: Path) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Written whole under another name, then linked: a second process sees all of it or
-    # nothing, and the first one to link wins.
-    draft = path.with_name(f".cookie-{os.getpid()}-{secrets.token_hex(4)}")
-    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.write(handle, secrets.token_urlsafe(32).encode())
-        os.close(handle)
-        try:
-            os.link(draft, path)
-        except FileExistsError:
-            return
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def mac(key: bytes, fields: Iterable[bytes | str], parts: Iterable[Buffer] = ()) -> bytes:
@@ -331,44 +172,6 @@ def without_passwords(exc: BaseException) -> BaseException | None:
             return None
         seen = seen.__cause__ or seen.__context__
     return exc
-
-
-def check_listener(host: str, ring: SecretRing) -> None:
-    """Refuse a listener that other hosts reach without a secret that they share.
-
-    Raises:
-        ConfigurationError: says which setting is missing.
-    """
-    if host in _LOCAL_HOSTS or not is_cookie(ring):
-        return
-    raise ConfigurationError(
-        f'callback_host "{host}" can be reached from other hosts, which do not have this user\'s cookie: '
-        'set WOVE_SECRET (or executor_config["security"]) to one secret on the submitter and its workers'
-    )
-
-
-def check_plain_http(callback_url: str, config: Mapping[str, Any]) -> None:
-    """Refuse callbacks that would cross the internet unencrypted. Resolves the host; may block.
-
-    Raises:
-        ConfigurationError: plain HTTP to a public address, without ``insecure``.
-    """
-    insecure = config.get("insecure", False)
-    if type(insecure) is not bool:
-        raise ConfigurationError(f'executor_config["insecure"] is True or False; got {insecure!r}')
-    parts = urlsplit(callback_url)
-    if insecure or parts.scheme != "http" or not parts.hostname or parts.hostname in _LOCAL_HOSTS:
-        return
-    try:
-        found = {item[4][0] for item in socket.getaddrinfo(parts.hostname, None)}
-    except OSError:
-        return  # a name that only the workers' network knows
-    public = sorted(address for address in map(str, found) if ip_address(address.partition("%")[0]).is_global)
-    if public:
-        raise ConfigurationError(
-            f'callback_url "{callback_url}" is plain HTTP to the public address {public[0]}: outcomes are signed, but '
-            'anybody on the way can read them. Use an https:// URL (a reverse proxy), or set "insecure": True'
-        )
 
 
 def __getattr__(name: str) -> Any:

@@ -27,6 +27,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from wove.decode_limits import Bounds
 from wove.errors import EncodeError, MissingDispatchFeatureError, ProtocolError, safe_text
 from wove.plain_data import (
     MAX_MAPPING,
@@ -52,6 +53,8 @@ except ImportError:  # the base install has no dependencies
 #: Envelope limits: a body of hostile nesting or claimed lengths is refused in microseconds.
 MAX_ENVELOPE = 4 * 1024 * 1024
 MAX_ENTRIES = 64
+#: Longest JSON message, in bytes: Python's decoder knows no limits, and builds up to thirty times as much.
+MAX_JSON = 16 * 1024 * 1024
 #: Buffers from this size, in bytes, travel out of band: below it a copy is cheaper.
 OUT_OF_BAND_FROM = 64 * 1024
 
@@ -81,7 +84,7 @@ def encode_value(value: Any, attachments: list[Buffer]) -> Descriptor:
     shape = shape_of(value)
     if shape != OTHER:
         try:
-            codec, data = _pack_plain(value, shape)
+            codec, data = pack_plain(value, shape)
         except (ValueError, OverflowError, TypeError, RecursionError):
             pass  # lone surrogates, for one; a pickle carries them
         else:
@@ -125,7 +128,13 @@ def _attached(descriptor: Any, attachments: Sequence[memoryview]) -> tuple[Any, 
     return codec, list(attachments[first : first + count])
 
 
-def _pack_plain(value: Any, shape: int) -> tuple[str, bytes]:
+def pack_plain(value: Any, shape: int) -> tuple[str, bytes]:
+    """Return codec and bytes of a value of shape PLAIN or TAGGED.
+
+    Raises:
+        ValueError, OverflowError, TypeError, RecursionError: msgpack cannot write it: lone surrogates, for one.
+    """
+    require_msgpack()
     if shape == PLAIN:
         try:
             return "data", msgpack.packb(value, use_bin_type=True)
@@ -135,12 +144,14 @@ def _pack_plain(value: Any, shape: int) -> tuple[str, bytes]:
 
 
 def _unpack_plain(data: Buffer, *, tagged: bool) -> Any:
+    bounds = Bounds(untag if tagged else None)
     try:
         return msgpack.unpackb(
             data,
             raw=False,
             strict_map_key=False,
-            object_hook=untag if tagged else None,
+            object_hook=bounds.mapping,
+            list_hook=bounds.sequence,
             max_array_len=MAX_SEQUENCE,
             max_map_len=MAX_MAPPING,
             max_ext_len=0,
@@ -208,15 +219,21 @@ def callable_name(func: Any) -> str:
     while isinstance(func, partial):
         func = func.func
     named = func if hasattr(func, "__qualname__") else type(func)
-    return f"{named.__module__}.{named.__qualname__}"
+    # Methods of built-in types name no module.
+    return f"{getattr(named, '__module__', None) or 'builtins'}.{named.__qualname__}"
 
 
-def importable_reference(func: Any) -> str | None:
-    """Return ``"module:qualname"`` when importing that gives ``func`` itself, else None."""
+def importable_reference(func: Any, *, only_names: bool = False) -> str | None:
+    """Return ``"module:qualname"`` when importing that gives ``func`` itself, else None.
+
+    Args:
+        func: the callable.
+        only_names: that some modules are to travel by value counts for nothing.
+    """
     module, qualname = getattr(func, "__module__", None), getattr(func, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(qualname, str) or "<" in qualname:
         return None
-    if module in ("__main__", "__mp_main__") or _by_value_modules():
+    if module in ("__main__", "__mp_main__") or (not only_names and _by_value_modules()):
         return None
     found: Any = sys.modules.get(module)
     try:
@@ -336,7 +353,16 @@ def _unpack_envelope(data: memoryview) -> dict[str, Any]:
 
 
 def unpack_json(body: Buffer) -> dict[str, Any]:
-    """Decode a JSON message: one mapping, its values inline in the tagged form."""
+    """Decode a JSON message: one mapping, its values inline in the tagged form.
+
+    Raises:
+        ProtocolError: it is no such message, or longer than MAX_JSON.
+    """
+    size = memoryview(body).nbytes
+    if size > MAX_JSON:
+        raise ProtocolError(
+            f"a JSON message of {size} bytes, and {MAX_JSON} are taken: msgpack messages may be larger"
+        )
     try:
         message = json.loads(bytes(body))
     except (ValueError, RecursionError) as exc:

@@ -18,7 +18,19 @@ if TYPE_CHECKING:
 #: From the bottom up. A module may import what stands below it and what stands beside it.
 LAYERS = (
     {"errors", "frames", "nonces", "plain_data", "threads"},
-    {"delivery", "network_security", "policy", "remote_errors", "run_errors", "security", "wire"},
+    {
+        "decode_limits",
+        "delivery",
+        "exposure",
+        "keyring",
+        "network_security",
+        "no_pickle",
+        "policy",
+        "remote_errors",
+        "run_errors",
+        "security",
+        "wire",
+    },
     {"backend", "exchange"},
     # These four are siblings, which know nothing of each other.
     {"adapters", "callback_server", "executors", "worker"},

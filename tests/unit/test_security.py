@@ -19,13 +19,12 @@ import pytest
 
 from wove.backend import build_payload
 from wove.errors import ConfigurationError, PayloadRejectedError
+from wove.exposure import check_listener, check_plain_http
 from wove.security import (
     Secret,
     SecretRing,
     beat_tag,
     cancel_tag,
-    check_listener,
-    check_plain_http,
     cookie_path,
     event_tag,
     fetch_tag,
@@ -498,7 +497,7 @@ class TestPlainHttp:
 
     @pytest.mark.parametrize("url", ["http://8.8.8.8:8000", "http://[2606:4700::1111]:8000/wove"])
     def test_plain_http_to_a_public_address_is_refused_unless_it_is_wanted(self, url: str) -> None:
-        with pytest.raises(ConfigurationError, match=r'Use an https:// URL .* or set "insecure": True'):
+        with pytest.raises(ConfigurationError, match=r'use an https:// URL .* or set "insecure": True'):
             check_plain_http(url, {})
         check_plain_http(url, {"insecure": True})
 

@@ -16,9 +16,10 @@ from wove.backend import BuiltPayload, build_payload, failure_webhook, job_id, r
 from wove.errors import ConfigurationError, EncodeError, SubmitError
 from wove.executors.base import EnvironmentExecutor, FrameChannel
 from wove.executors.lane import Lane
-from wove.executors.settings import check_keys
+from wove.executors.settings import check_keys, flag
 from wove.executors.watch import Watch, worker_of
-from wove.security import check_listener, check_plain_http, find_secrets
+from wove.exposure import check_listener, check_plain_http
+from wove.security import find_secrets
 from wove.threads import DaemonPool, in_thread
 
 if TYPE_CHECKING:
@@ -36,10 +37,13 @@ logger = logging.getLogger("wove.executors")
 
 #: ``executor_config`` keys that every adapter shares.
 SHARED_KEYS = (
-    "callback_host", "callback_max_body", "callback_port", "callback_url", "insecure", "security",
+    "callback_host", "callback_max_body", "callback_port", "callback_tls", "callback_url", "insecure",
+    "payload_expires", "pickle", "security",
 )  # fmt: skip
 #: Largest outcome, in bytes, unless ``callback_max_body`` says otherwise.
 DEFAULT_MAX_BODY = 256 * 1024 * 1024
+#: Seconds that a payload may be limited to at least.
+LEAST_EXPIRY = 60.0
 #: Seconds that one call of an adapter may take.
 SUBMIT_SECONDS = 30.0
 CONTROL_SECONDS = 10.0
@@ -65,8 +69,8 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
 
     ``executor_config``, beside the adapter's own keys: ``callback_host`` ("127.0.0.1"),
     ``callback_port`` (0: any free one), ``callback_url`` (what workers call; ``{hostname}``
-    and ``{port}`` are filled in), ``callback_max_body`` (bytes), ``security`` (the secret)
-    and ``insecure``.
+    and ``{port}`` are filled in), ``callback_tls``, ``callback_max_body`` (bytes), ``security``
+    (the secret), ``pickle`` (False: plain data only), ``payload_expires`` (seconds) and ``insecure``.
     """
 
     default_heartbeat_seconds = 15.0
@@ -140,6 +144,8 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             check_keys(self._environment, config, (*SHARED_KEYS, *adapter_class.config_keys))
         self._ring: SecretRing = find_secrets(config.get("security"))
         self._max_body = _whole(config, "callback_max_body", DEFAULT_MAX_BODY, 1)
+        self._plain = not flag(config, "pickle", True)
+        self._expires = _expiry(config)
         lease = self._listen(config)
         self._callback_url = resolve_callback_url(config, lease.host, lease.port)
         self._wants_webhook = adapter_class.takes_failure_webhook
@@ -147,6 +153,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
 
     def _listen(self, config: Mapping[str, Any]) -> Lease:
         from wove.callback_server.hub import acquire
+        from wove.callback_server.tls import read_tls
 
         host = config.get("callback_host", "127.0.0.1")
         if not isinstance(host, str) or not host:
@@ -155,9 +162,9 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         if port > 65_535:
             raise ConfigurationError(f'executor_config["callback_port"] is from 0 to 65535; got {port}')
         # What cannot work is found before anything listens.
-        check_listener(host, self._ring)
+        check_listener(host, self._ring, config)
         check_plain_http(resolve_callback_url(config, host, port), config)
-        return acquire(host, port)
+        return acquire(host, port, read_tls(config.get("callback_tls")))
 
     async def send(self, frame: Frame) -> None:
         """Submit or cancel a run; see :meth:`EnvironmentExecutor.send`."""
@@ -328,6 +335,8 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             callback_url=self._callback_url,
             max_body=self._max_body,
             nonce=self._nonce(frame),
+            expires=self._expires,
+            plain=self._plain,
         )
 
     def _nonce(self, frame: Frame) -> bytes | None:
@@ -363,6 +372,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
                 attempt=attempt,
                 heartbeat=delivery.get("heartbeat_seconds"),
                 on_suspect=self._watch.suspect,
+                plain=self._plain,
             )
             lease.open_run(known)
 
@@ -485,6 +495,18 @@ async def _drain(lease: Lease) -> None:
         if waited > (DRAIN_SECONDS if any(run.started for run in cancelled) else DRAIN_SECONDS / 10):
             return
         await asyncio.sleep(0.01)
+
+
+def _expiry(config: Mapping[str, Any]) -> float | None:
+    value = config.get("payload_expires")
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not LEAST_EXPIRY <= value < float("inf"):
+        raise ConfigurationError(
+            f'executor_config["payload_expires"] is a number of seconds from {LEAST_EXPIRY:g}, or None; got {value!r}: '
+            "the clocks of two machines are compared by it"
+        )
+    return float(value)
 
 
 def _whole(config: Mapping[str, Any], key: str, default: int, least: int) -> int:

@@ -47,3 +47,15 @@ def seconds(config: Mapping[str, Any], key: str, default: float) -> float:
     if type(value) in (int, float) and 0 < value < float("inf"):
         return float(value)
     raise ConfigurationError(f'executor_config["{key}"] is a number of seconds above 0; got {value!r}')
+
+
+def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """Return True or False from ``executor_config``.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    value = config.get(key, default)
+    if type(value) is bool:
+        return value
+    raise ConfigurationError(f'executor_config["{key}"] is True or False; got {value!r}')

@@ -1,20 +1,17 @@
-"""No-pickle mode: functions by name from a list, plain data only."""
+"""The list of functions that a worker in no-pickle mode calls."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from wove.errors import ConfigurationError, EncodeError, PayloadRejectedError, safe_text
-from wove.plain_data import OTHER, shape_of, type_name
-from wove.wire import decode_value, encode_value
+from wove.errors import ConfigurationError, PayloadRejectedError, safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from typing_extensions import Buffer
+    from collections.abc import Iterable
 
 
 class AllowList:
@@ -40,6 +37,23 @@ class AllowList:
                     f'an allowed function is written module:name, as in "myapp.tasks:*"; got {pattern!r}'
                 )
 
+    @classmethod
+    def from_environment(cls) -> AllowList | None:
+        """Return the list in ``WOVE_ALLOW``, separated by commas; None where it is not set.
+
+        Raises:
+            ConfigurationError: it is set and holds nothing, or something that is not ``module:name``.
+        """
+        text = os.environ.get("WOVE_ALLOW")
+        if text is None:
+            return None
+        patterns = [part.strip() for part in text.split(",") if part.strip()]
+        if not patterns:
+            raise ConfigurationError(
+                'WOVE_ALLOW is set and allows no function: write module:name, as in "myapp.tasks:*", or unset it'
+            )
+        return cls(patterns)
+
     @property
     def patterns(self) -> tuple[str, ...]:
         """The patterns, as they were given."""
@@ -53,7 +67,7 @@ class AllowList:
         """
         if type(described) is not str:
             raise PayloadRejectedError(
-                "this worker takes functions by name only (--allow), and this one was sent by value: define it in a "
+                "this worker takes functions by name only (--allow, WOVE_ALLOW), and this one was sent by value: define it in a "
                 "module that the worker can import"
             )
         module, _, qualname = described.partition(":")
@@ -61,7 +75,7 @@ class AllowList:
         listed = any(fnmatchcase(described, pattern) for pattern in self._patterns)
         if not listed or not all(parts) or any(part.startswith("_") for part in parts):
             raise PayloadRejectedError(
-                f"{safe_text(described, 200)} is not allowed on this worker: its list (--allow) holds "
+                f"{safe_text(described, 200)} is not allowed on this worker: its list (--allow, WOVE_ALLOW) holds "
                 f"{', '.join(self._patterns)}"
             )
         found: Any = importlib.import_module(module)
@@ -73,34 +87,3 @@ class AllowList:
         if not own or not (inspect.isroutine(found) or callable(found)):
             raise PayloadRejectedError(f"{safe_text(described, 200)} is not a function that {module} defines")
         return found
-
-
-def decode_plain(descriptor: Any, attachments: Sequence[memoryview], what: str) -> Any:
-    """Decode a value that is plain data.
-
-    Raises:
-        PayloadRejectedError: it is a pickle.
-    """
-    if type(descriptor) is not list or not descriptor or descriptor[0] not in ("data", "tagged"):
-        raise PayloadRejectedError(
-            f"{what}: this worker takes plain data only (--allow): None, bool, numbers, text, bytes, lists, "
-            "dictionaries, tuples, sets, dates, Decimal and UUID"
-        )
-    return decode_value(descriptor, attachments)
-
-
-def encode_plain(value: Any, attachments: list[Buffer]) -> list[Any]:
-    """Encode a value that is plain data; as :func:`wove.wire.encode_value`.
-
-    Raises:
-        EncodeError: it is not; names its type.
-    """
-    if shape_of(value) != OTHER:
-        trial: list[Buffer] = []
-        codec, first, count = encode_value(value, trial)
-        if codec != "pickle":
-            attachments.extend(trial)
-            return [codec, first + len(attachments) - len(trial), count]
-    raise EncodeError(
-        f"the result is of type {type_name(value)}, and this worker returns plain data only (--allow)"
-    )

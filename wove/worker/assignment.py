@@ -9,20 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.errors import PayloadRejectedError, ProtocolError
-from wove.security import fetch_tag, find_secrets, open_payload, run_key
+from wove.keyring import current_secrets
+from wove.security import fetch_tag, open_payload, run_key
 from wove.wire import decode_callable, decode_value, unpack_message
-from wove.worker.connection import request, split_url
+from wove.worker.admission import admission
+from wove.worker.connection import clock_offsets, request, split_url
 from wove.worker.offering import offer, patience
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from wove.security import SecretRing
+    from collections.abc import Mapping, Sequence
 
 #: The version of the payload format that this worker reads.
 VERSION = 1
 
-_rings: dict[tuple[object, ...], SecretRing] = {}
+#: Seconds by which a payload must be too old before it is refused for its age: clocks differ.
+EXPIRED_KNOWN = 2.0
+EXPIRED_UNKNOWN = 60.0
 
 
 class NotWanted(Exception):
@@ -40,11 +42,14 @@ class Assignment:
         """Verify and open ``payload``.
 
         Raises:
-            PayloadRejectedError: it is not signed with a secret that this worker knows.
+            PayloadRejectedError: it is not signed with a secret that this worker knows, or wants a callback to
+                where this worker does not call.
             ProtocolError: it is signed, but not in a form that this version reads.
+            ConfigurationError: this worker's own settings cannot be used.
         """
         raw = _raw(payload)
-        self.environment, secret, message = open_payload(_ring(), raw)
+        self._admission = admission()
+        self.environment, secret, message = open_payload(current_secrets(), raw)
         envelope, self._attachments = unpack_message(message)
         # Only what is needed to report; whatever else is wrong with it is reported by `load`.
         try:
@@ -57,6 +62,9 @@ class Assignment:
             self.max_body: int | None = envelope.get("max_body")
             self.timeout = _seconds(envelope.get("timeout"))
             self.start_timeout = _seconds(envelope.get("start_timeout"))
+            self._expires = _seconds(envelope.get("expires"))
+            #: Outcomes are to be plain data: for the submitter's sake, or for that of this worker's list.
+            self.plain = envelope.get("plain") is True or self._admission.functions is not None
             self.keep = envelope.get("keep") is True
             self.attended = envelope.get("attended", True) is not False
             #: The idempotency key, by which runs of other processes may share this one's job.
@@ -67,6 +75,10 @@ class Assignment:
             raise ProtocolError(f"malformed payload: {exc}") from None
         if not frames.is_run_id(self.run_id):
             raise ProtocolError("malformed payload: run_id")
+        try:
+            self._admission.check_origin(self.origin)
+        except PayloadRejectedError as exc:
+            raise PayloadRejectedError(f"run {self.run_id}: {exc}") from None
         self.kid = secret.kid
         self.key = run_key(secret, self.environment, self.run_id, nonce)
         self._envelope = envelope
@@ -75,6 +87,23 @@ class Assignment:
     def job(self) -> str:
         """The id under which the backend knows this attempt; see :func:`wove.backend.job_id`."""
         return self.run_id if self.attempt == 1 else f"{self.run_id}-{self.attempt}"
+
+    def check(self) -> None:
+        """Refuse what this worker does not take although it is signed well. Its submitter may be told.
+
+        Raises:
+            PayloadRejectedError: another environment's, or too old.
+        """
+        self._admission.check_environment(self.environment)
+        if self._expires is None:
+            return
+        offset = clock_offsets.get(self.origin)
+        age = time.time() + (offset or 0.0) - self.sent_at
+        if age > self._expires + (EXPIRED_UNKNOWN if offset is None else EXPIRED_KNOWN):
+            raise PayloadRejectedError(
+                f"it has expired: it was signed {age:.0f} s ago and is good for {self._expires:g} s "
+                '(executor_config["payload_expires"])'
+            )
 
     def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """Return the callable, its positional and its keyword arguments.
@@ -95,14 +124,24 @@ class Assignment:
             )
         if "fetch" in envelope:
             envelope, attachments = unpack_message(self._fetch(envelope["fetch"]))
-        func = decode_callable(envelope.get("callable"), attachments)
-        if not callable(func):
-            raise TypeError(f"{envelope.get('callable')!r} is not callable here, but {type(func).__name__}")
-        arguments = decode_value(envelope.get("args"), attachments)
+        func, arguments = self._decode(envelope.get("callable"), envelope.get("args"), attachments)
         if type(arguments) is not list or len(arguments) != 2:
             raise ProtocolError("malformed payload: args")
         self._attachments = []
         return func, tuple(arguments[0]), dict(arguments[1])
+
+    def _decode(self, described: Any, arguments: Any, attachments: Sequence[memoryview]) -> tuple[Any, Any]:
+        if self._admission.functions is not None:
+            from wove.no_pickle import decode_plain
+
+            # The list first: nothing is imported, and nothing decoded, for what is not on it.
+            func = self._admission.functions.find(described)
+            who = "this worker has WOVE_ALLOW and takes"
+            return func, decode_plain(arguments, attachments, "the arguments", who)
+        func = decode_callable(described, attachments)
+        if not callable(func):
+            raise TypeError(f"{described!r} is not callable here, but {type(func).__name__}")
+        return func, decode_value(arguments, attachments)
 
     def _fetch(self, claim: Any) -> bytes | bytearray:
         if (
@@ -169,14 +208,3 @@ def _checked(value: Any, kind: type) -> Any:
 
 def _optional(value: Any, kind: type) -> Any:
     return None if value is None else _checked(value, kind)
-
-
-def _ring() -> SecretRing:
-    import os
-
-    # Reading the cookie for every payload would cost a system call or three each time.
-    sources = (os.environ.get("WOVE_SECRET"), os.environ.get("XDG_CONFIG_HOME"), os.environ.get("HOME"))
-    ring = _rings.get(sources)
-    if ring is None:
-        ring = _rings[sources] = find_secrets()
-    return ring

@@ -20,7 +20,7 @@ from celery.exceptions import Ignore, Reject, Retry, TimeLimitExceeded, WorkerLo
 
 import wove
 from wove.errors import WoveError
-from wove.security import find_secrets
+from wove.keyring import current_secrets
 from wove.wire import PARKED, PARKED_SUFFIX
 from wove.worker.execution import run
 from wove.worker.hooks import BackendHooks
@@ -239,7 +239,7 @@ def _death(pid: int | None) -> str:
 def _status(state: Any) -> dict[str, Any]:
     """Say which Wove this worker has, and which secret by its key id: ``wove doctor`` asks."""
     try:
-        ring = find_secrets()
+        ring = current_secrets()
     except WoveError as exc:
         return {"version": wove.__version__, "kids": [], "source": str(exc)}
     return {"version": wove.__version__, "kids": ring.kids, "source": ring.source}

@@ -12,14 +12,14 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from wove.worker.transport import TIMEOUT, connect
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from http.client import HTTPConnection, HTTPResponse
 
     from typing_extensions import Buffer
 
-#: Seconds to wait for a connection, and for the answer to a small request.
-TIMEOUT = 10.0
 #: Bytes a second that a large body is granted on top.
 SLOWEST = 256 * 1024
 #: Bodies up to this size, in bytes, are sent in one piece.
@@ -41,6 +41,7 @@ class Reply(NamedTuple):
 #: Per callback origin: its wall clock minus ours, in seconds, as its last reply told.
 clock_offsets: dict[str, float] = {}
 
+_NOT_IN_HOST = frozenset(" @?#\\")
 #: Since when, on the monotonic clock, a callback origin has not answered.
 down_since: dict[str, float] = {}
 
@@ -59,26 +60,15 @@ def split_url(url: str) -> tuple[str, str]:
     """Split a callback URL into its origin and its path, without a trailing slash.
 
     Raises:
-        ValueError: not an ``http://`` or ``https://`` URL.
+        ValueError: not an ``http://`` or ``https://`` URL of a host and, perhaps, a port.
     """
     scheme, separator, rest = url.partition("://")
     host, slash, path = rest.partition("/")
-    if not separator or scheme not in ("http", "https") or not host:
-        raise ValueError(f"a callback URL begins with http:// or https://; got {url!r}")
+    # A user's name before an @ would be taken for the host by whoever reads the URL from the left.
+    usable = host.isprintable() and not _NOT_IN_HOST.intersection(host)
+    if not separator or scheme not in ("http", "https") or not host or not usable:
+        raise ValueError(f"a callback URL begins with http:// or https:// and a host; got {url!r:.200}")
     return f"{scheme}://{host}", (slash + path).rstrip("/")
-
-
-def connect(origin: str, timeout: float = TIMEOUT) -> HTTPConnection:
-    """Return a new connection, not opened yet. Proxies of the environment are not asked."""
-    import http.client
-
-    scheme, _, host = origin.partition("://")
-    if scheme == "https":
-        import ssl
-
-        context = ssl.create_default_context(cafile=os.environ.get("WOVE_CA"))
-        return http.client.HTTPSConnection(host, timeout=timeout, context=context)
-    return http.client.HTTPConnection(host, timeout=timeout)
 
 
 def request(

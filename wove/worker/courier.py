@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from wove.security import beat_tag, cancel_tag, same
-from wove.worker.connection import connect, read_reply, send
+from wove.worker.connection import read_reply, send
+from wove.worker.early import first_byte, has_decrypted, reply_after
+from wove.worker.transport import connect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,6 +157,9 @@ class Courier:
         return beat_at if now < beat_at else float("inf")
 
     def _sleep(self, selector: selectors.BaseSelector, beats: _Beats, pause: float) -> None:
+        for held in beats.decrypted():
+            beats.answered(held)
+            pause = 0.0
         for key, _ in selector.select(pause):
             if key.fileobj is self._wake_reader:
                 self._wake_reader.recv(4096)
@@ -238,12 +243,26 @@ class _Beats:
         if spare is not None:
             spare.close()
 
+    def decrypted(self) -> list[_Held]:
+        """Return the beats whose answers no selector will speak of."""
+        return [held for held in self.held if has_decrypted(held.connection.sock)]
+
     def answered(self, held: _Held) -> None:
-        """Read the reply to a beat and pass cancellations on."""
+        """Read the reply to a beat and pass cancellations on; nothing when TLS alone has spoken."""
+        first: bytes | None = b""
+        broken: Exception | None = None
+        try:
+            first = first_byte(held.connection.sock)
+        except Exception as exc:
+            broken = exc
+        if first is None:
+            return
         self.held.remove(held)
         self._selector.unregister(held.connection.sock)
         try:
-            reply = read_reply(self._origin, held.connection.getresponse())
+            if broken is not None:
+                raise broken
+            reply = read_reply(self._origin, reply_after(first, held.connection))
             if reply.status == 410:
                 held.gone()
             elif reply.status != 200:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
-from wove.errors import PayloadRejectedError
+from wove.errors import PayloadRejectedError, WoveError
 from wove.worker.assignment import Assignment, FetchFailed, NotWanted
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
@@ -48,7 +48,8 @@ def run(
         it started or while it ran, or is in the hands of another worker.
 
     Raises:
-        PayloadRejectedError: the payload is not signed with this worker's secret; nothing ran.
+        PayloadRejectedError: the payload is not signed with this worker's secret, or is one that the worker's
+            settings do not admit; nothing ran.
         BaseException: what the user's function raised, after it was reported, so that
             the backend counts the task as failed too.
     """
@@ -145,10 +146,18 @@ async def _in_thread(func: Callable[..., Any], *args: Any) -> Any:
 def _open(payload: bytes | str, backend: Mapping[str, Any] | None) -> Session:
     try:
         assignment = Assignment(payload)
-    except PayloadRejectedError as exc:
-        logger.error("payload rejected: %s", exc)
+    except WoveError as exc:
+        # Nobody is told but this log and the backend: an answer could not be signed, or would go astray.
+        logger.error("payload rejected, its submitter cannot be told: %s", exc)
         raise
-    return Session(assignment, backend)
+    session = Session(assignment, backend)
+    try:
+        assignment.check()
+    except PayloadRejectedError as exc:
+        logger.error("payload of run %s rejected: %s", assignment.run_id, exc)
+        session.refuse(exc)
+        raise
+    return session
 
 
 class Job(Protocol):
@@ -211,6 +220,12 @@ def load_call(session: Execution, hooks: BackendHooks | None = None) -> _Call | 
         # The delivery failed, and not the task: it may be made again.
         session.lost(str(exc))
         return None
+    except PayloadRejectedError as exc:
+        logger.error("payload of task %s rejected: %s", session.assignment.task_id, exc)
+        if hooks is not None:
+            hooks.ends(None, exc, source="worker")
+        session.fail(exc, source="worker")
+        raise
     except BaseException as exc:
         worker = session.worker
         exc.add_note(

@@ -101,6 +101,7 @@ class Party:
         """Verify what somebody has joined with; None for what does not belong here."""
         try:
             assignment = Assignment(payload)
+            assignment.check()
         except WoveError as exc:
             logger.error("job %s: somebody who has joined it is not heard: %s", self.job_id, exc)
             return None

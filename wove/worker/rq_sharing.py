@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from wove.errors import normalize_exception
 from wove.remote_errors import encode_exception
-from wove.wire import PARKED, encode_value
+from wove.wire import PARKED
 from wove.worker.assignment import Assignment
 from wove.worker.courier import courier_for
 from wove.worker.execution import run as _run
 from wove.worker.rq import PARKED_SECONDS, RqHooks
 from wove.worker.rq_party import Party
-from wove.worker.session import Session
+from wove.worker.session import Session, encode_result
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -217,21 +217,29 @@ class SharedJob(RqHooks):
             if known is not None and not known[0] and self._session is not None:
                 self._session.cancel()  # it has left: nobody is to wait until it listens
             sessions = self._remaining(known)
-            if sessions:
-                self._deliver(sessions, result, failure, source)
+            for plain in (False, True):  # environments of one name may differ in what they take
+                alike = [session for session in sessions if session.assignment.plain is plain]
+                if alike:
+                    self._deliver(alike, result, failure, source, plain=plain)
         except Exception:
             # Whatever happens to the others, the run's own outcome is to be delivered.
             logger.exception("job %s: those who share it were not told the outcome", self._job.id)
 
     def _deliver(
-        self, sessions: Iterable[Session], result: Any, failure: BaseException | None, source: str
+        self,
+        sessions: Iterable[Session],
+        result: Any,
+        failure: BaseException | None,
+        source: str,
+        *,
+        plain: bool,
     ) -> None:
         # Encoded here, and once: objects may mind other threads.
         attachments: list[Buffer] = []
         described: Any = None
         if failure is None:
             try:
-                described = encode_value(result, attachments)
+                described = encode_result(result, attachments, plain=plain)
             except BaseException as exc:
                 failure, source, attachments = exc, "worker", []
         if failure is None:
@@ -240,7 +248,7 @@ class SharedJob(RqHooks):
             return
         error = normalize_exception(failure, source=source)
         try:
-            described = encode_exception(failure, attachments)
+            described = encode_exception(failure, attachments, plain=plain)
         except Exception:
             described, attachments = [], []
         for session in sessions:

@@ -38,6 +38,8 @@ ASK_TIMEOUT = 5.0
 ASK_PATIENCE = 10.0
 #: Bytes of an outcome that a backend is asked to keep at most.
 MAX_PARKED = 64 * 1024 * 1024
+#: Seconds for which the refusal of a payload is offered.
+REFUSAL_PATIENCE = 2.0
 #: Seconds that a progress report may take.
 REPORT_TIMEOUT = 5.0
 #: Seconds after which a report that failed is followed by another.
@@ -90,6 +92,7 @@ class Session:
         self._sending = threading.Lock()
         self._started = False
         self._finished = False
+        self._patience: float | None = None
 
     # --- before the task ------------------------------------------------------
 
@@ -215,7 +218,7 @@ class Session:
         """Deliver a result; one that cannot be encoded is delivered as an error naming its type."""
         attachments: list[Buffer] = []
         try:
-            described = encode_value(result, attachments)
+            described = encode_result(result, attachments, plain=self.assignment.plain)
         except Exception as exc:
             self.fail(exc, source="worker")
             return
@@ -237,12 +240,18 @@ class Session:
                 source="worker",
             )
 
+    def refuse(self, exc: BaseException) -> None:
+        """Report that the payload is not taken here, to whoever still listens: its submitter may be long gone."""
+        self._started = True  # nothing has, and nothing will
+        self._patience = REFUSAL_PATIENCE
+        self.fail(exc, source="worker")
+
     def fail(self, exc: BaseException, *, source: str = "task") -> None:
         """Deliver an error."""
         attachments: list[Buffer] = []
         error = normalize_exception(exc, source=source)
         try:
-            described = encode_exception(exc, attachments)
+            described = encode_exception(exc, attachments, plain=self.assignment.plain)
         except Exception:
             described, attachments = [], []
         self.deliver_error(error, described, attachments)
@@ -307,7 +316,9 @@ class Session:
             reply = offer(
                 lambda: self._post(batch, attachments, final=final),
                 task,
-                patience(task, self.begun, cancelled=self.context.cancelled),
+                patience(task, self.begun, cancelled=self.context.cancelled)
+                if self._patience is None
+                else self._patience,
             )
         except BaseException:
             # A time limit of the backend strikes: whether the outcome has arrived is not known.
@@ -366,6 +377,19 @@ class Session:
         if cancel is not None and _signed(cancel, reply_tag(task.key, tag, b"cancel")):
             self.cancel()
         return reply
+
+
+def encode_result(result: Any, attachments: list[Buffer], *, plain: bool) -> list[Any]:
+    """Encode a result; as plain data only where its submitter or this worker wants that.
+
+    Raises:
+        EncodeError: it cannot be sent; says why.
+    """
+    if not plain:
+        return encode_value(result, attachments)
+    from wove.no_pickle import encode_plain
+
+    return encode_plain(result, attachments, setting='"pickle": False there, or WOVE_ALLOW here')
 
 
 def _signed(given: str, expected: bytes) -> bool:

@@ -1,7 +1,7 @@
-"""What a machine must have for some tests: Redis, RabbitMQ, Docker.
+"""What a machine must have for some tests: Redis, RabbitMQ, Docker, Node.js.
 
 A test that needs what the machine lacks is skipped, and the end of the run lists each missing thing with
-the command that brings it. ``WOVE_TEST_REQUIRE=redis,rabbitmq,docker`` turns a missing one into a failure
+the command that brings it. ``WOVE_TEST_REQUIRE=redis,rabbitmq,docker,node`` turns a missing one into a failure
 of the whole run, so that a CI job cannot be green by skipping.
 """
 
@@ -94,10 +94,17 @@ def _missing_docker() -> Missing | None:
     return None
 
 
+def _missing_node() -> Missing | None:
+    if _succeeds("node", "--eval", "process.exit(parseInt(process.versions.node) < 18 ? 1 : 0)"):
+        return None
+    return Missing("no node on PATH, or one older than 18", "apt-get install nodejs")
+
+
 _FINDERS: dict[str, Callable[[], Missing | None]] = {
     "redis": _missing_redis,
     "rabbitmq": _missing_rabbitmq,
     "docker": _missing_docker,
+    "node": _missing_node,
 }
 
 # Whoever asks for one of these fixtures needs the resource; nothing has to be marked by hand.

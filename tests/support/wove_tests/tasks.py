@@ -276,3 +276,13 @@ def leave_a_mark(path: str, seconds: float) -> str:
         file.write("x")
     time.sleep(seconds)
     return "marked"
+
+
+def disobey(number: int) -> Point:
+    """Make this worker send a pickle, whatever it was asked for."""
+    from wove.worker import courier
+
+    for beating in courier._couriers.values():
+        for session in beating._sessions.values():
+            session.assignment.plain = False
+    return Point(number, number)

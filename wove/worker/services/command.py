@@ -40,15 +40,15 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
         "--allow",
         action="append",
         metavar="MODULE:NAME",
-        help='no pickles: only functions of this pattern, as in "myapp.tasks:*", and plain data; may be repeated',
+        help='no pickles: only functions of this pattern, as in "myapp.tasks:*", and plain data; may be repeated (WOVE_ALLOW)',
     )
 
 
 def allow_list(arguments: argparse.Namespace) -> AllowList | None:
-    """Return what ``--allow`` says."""
+    """Return what ``--allow`` says, else ``WOVE_ALLOW``."""
     from wove.worker.allowed import AllowList
 
-    return AllowList(arguments.allow) if arguments.allow else None
+    return AllowList(arguments.allow) if arguments.allow else AllowList.from_environment()
 
 
 def stdio_parser() -> argparse.ArgumentParser:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from wove import frames
 from wove.errors import EncodeError, PayloadRejectedError, ProtocolError, lost, normalize_exception
 from wove.exchange import VERSION
+from wove.no_pickle import decode_plain, encode_plain
 from wove.remote_errors import encode_exception
 from wove.threads import DaemonPool, in_thread
 from wove.wire import decode_callable, decode_value, encode_value, pack_message
-from wove.worker.allowed import decode_plain, encode_plain
 from wove.worker.context import RunContext, bind
 from wove.worker.execution import load_call, report_failure, supervise
 from wove.worker.services.engine import DEFAULT_THREADS

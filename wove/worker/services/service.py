@@ -51,7 +51,8 @@ class Service:
         security: as in an environment's ``executor_config["security"]``.
         threads: synchronous tasks at once, per process.
         processes: child processes that run the tasks; 0 runs them in threads of this process.
-        allow: patterns such as ``"myapp.tasks:*"``: functions by name only, and plain data.
+        allow: patterns such as ``"myapp.tasks:*"``: functions by name only, and plain data; ``WOVE_ALLOW``
+            where there are none.
         retention: seconds that the outcome of a run is kept for a caller who lost its connection.
         max_request: largest request, in bytes.
         name: shown in messages.
@@ -76,10 +77,10 @@ class Service:
         #: Tells a caller that comes back whether this is still the process it left.
         self.instance = secrets.token_hex(16)
         patterns = list(allow)
-        AllowList(patterns)
+        allowed = AllowList(patterns) if patterns else AllowList.from_environment()
         self._threads = threads
         self._processes = processes
-        self._allow = patterns
+        self._allow = allowed
         self._retention = retention
         self._name = name
         self._quiet_until = 0.0
@@ -106,7 +107,7 @@ class Service:
         """
         if self._processes:
             command = [sys.executable, "-m", "wove.worker.stdio", "--threads", str(self._threads)]
-            for pattern in self._allow:
+            for pattern in self._allow.patterns if self._allow is not None else ():
                 command += ["--allow", pattern]
             children = ChildProcesses(command, name=f"worker service {self._name}", processes=self._processes)
             try:
@@ -116,8 +117,7 @@ class Service:
                 raise
             self._engine = children
         else:
-            allow = AllowList(self._allow) if self._allow else None
-            self._engine = Runner(threads=self._threads, allow=allow, backend=self._name)
+            self._engine = Runner(threads=self._threads, allow=self._allow, backend=self._name)
         self._hub = Hub(self._engine, retention=self._retention)
 
     async def drain(self, seconds: float = DRAIN_SECONDS) -> None:
