@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest chaos kills fuzz format clean
+.PHONY: help demo test lint types pytest matrix chaos kills fuzz format clean
 
 help: ## what can be made
 	@awk -F ' ## ' '/^[a-z]+:.* ## / { sub(/:.*/, "", $$1); printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,9 @@ types: $(VENV)/.test ## mypy --strict on the wheel as it would be published
 pytest: $(VENV)/.test ## the tests this machine can run; what is missing for the others is listed at the end
 	@echo "== pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+matrix: $(VENV)/.test ## the fault matrix, row by row, on real workers and brokers; some rows do not hold yet
+	@WOVE_TEST_MATRIX=1 $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
 
 # CHAOS_SECONDS=600 CHAOS_SEED=7 CHAOS_RUNS=10000 CHAOS_REPORT=chaos.json make chaos
 chaos: $(VENV)/.test ## thousands of runs while workers, brokers and the network fail: CHAOS_SECONDS (60), CHAOS_SEED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +10,23 @@ from wove_tests.crew import Crew, Job
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+#: The fault matrix kills, cuts and restarts real workers and brokers, row by row, for minutes:
+#: ``make matrix``. Some of its rows do not hold yet.
+collect_ignore = (
+    []
+    if os.environ.get("WOVE_TEST_MATRIX")
+    else [
+        "test_broker_faults.py",
+        "test_callback_outages.py",
+        "test_cancel_races.py",
+        "test_dead_workers.py",
+        "test_duplicates_and_order.py",
+        "test_hostile_endings.py",
+        "test_idempotency.py",
+        "test_retries.py",
+    ]
+)
 
 
 @pytest.fixture(scope="session")

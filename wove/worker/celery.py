@@ -32,6 +32,10 @@ TASK_NAME = "wove.run"
 logger = logging.getLogger("wove.worker")
 
 
+class TaskOutOfMemory(RuntimeError):
+    """A task raised MemoryError; it was reported to the submitter as such."""
+
+
 class TaskExited(RuntimeError):
     """A task raised SystemExit in a worker's main process; it was reported to the submitter as such."""
 
@@ -133,6 +137,9 @@ def execute(task: Any, payload: bytes | str) -> None:
         if type(exc) is SystemExit and current_process().name == "MainProcess":
             raise TaskExited(f"the task called sys.exit({exc.code!r})") from exc
         raise
+    except MemoryError as exc:
+        # Celery's parent process raises it anew, and the whole worker goes down with one task.
+        raise TaskOutOfMemory(f"the task raised MemoryError: {exc}") from exc
     if not completed:
         raise Ignore  # cancelled: neither a success nor a failure of the task
 

@@ -100,8 +100,7 @@ def offer(
                 return reply
             problem = f"the callback server answered {reply.status}"
             # A body that was cut on its way is 400 too, so these are tried again as well.
-            # Nor are redirects followed: an outcome goes where the payload said, and nowhere else.
-            refused = reply.status in (400, 401, 404) or reply.status < 400
+            refused = reply.status in (400, 401, 404)
             refusals += refused
             # A gateway in between may answer so for a moment.
             wait_for = random.uniform(*REFUSED_DELAY) if refused else retry_after(reply)  # noqa: S311
