@@ -56,7 +56,7 @@ kills: $(VENV)/.test ## how soon a caller learns that its worker was killed: KIL
 
 # FUZZ_EXAMPLES=20000 FUZZ_REQUESTS=10000 FUZZ_SEED=7 make fuzz
 fuzz: $(VENV)/.test ## made-up bytes for every decoder and the listener, for minutes: FUZZ_EXAMPLES, FUZZ_REQUESTS, FUZZ_SEED
-	@FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-5000} FUZZ_REQUESTS=$${FUZZ_REQUESTS:-10000} \
+	@FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-5000} FUZZ_REQUESTS=$${FUZZ_REQUESTS:-10000} FUZZ_FRAMES=$${FUZZ_FRAMES:-100000} \
 	  $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
 
 format: $(VENV)/.test ## let ruff mend and format the code

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "300"))
+FRAMES = int(os.environ.get("FUZZ_FRAMES", "10000"))
 SEED = int(os.environ.get("FUZZ_SEED", "0")) or secrets.randbits(32)
 LIVE_RUNS = 100
 
@@ -475,6 +476,36 @@ class TestListener:
             assert post(lease, run, result_body(run, number)).status == 204
         assert [sink.outcome(run.run_id)["result"] for run in live] == list(range(LIVE_RUNS))
 
+    def test_a_hundred_thousand_frames(
+        self, lease: Lease, sink: Sink, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """P14's load: frames with one thing or two that are wrong with them, 50 in a request, signed."""
+        _pickles_are_not_read(monkeypatch)
+        dice = random.Random(SEED)
+        live = [open_run(lease, sink) for _ in range(LIVE_RUNS)]
+        others = Sink()
+        target = open_run(lease, others)
+        connection = http.client.HTTPConnection(lease.host, lease.port, timeout=20)
+        taken = 0
+        for _ in range(FRAMES // 50):
+            if lease.find(target.run_id) is None:
+                target = open_run(lease, others)
+            final = dice.random() < 0.5
+            batch = [_wrong_frame(dice, target, frames.EVENTS - frames.TERMINAL) for _ in range(49)]
+            batch.append(_wrong_frame(dice, target, frames.TERMINAL if final else frames.EVENTS))
+            body = _message({"frames": batch}, [dice.randbytes(9)])
+            connection.request("POST", events_path(target), body, signed(target, body, final=final))
+            response = connection.getresponse()
+            response.read()
+            assert response.status in (200, 204, 400, 409, 410, 503)
+            taken += response.status < 300
+        connection.close()
+        assert taken
+        assert sink.frames == []
+        for number, run in enumerate(live):
+            assert post(lease, run, result_body(run, number)).status == 204
+        assert [sink.outcome(run.run_id)["result"] for run in live] == list(range(LIVE_RUNS))
+
     def test_made_up_heads(self, lease: Lease, sink: Sink) -> None:
         run = open_run(lease, sink)
         words = st.sampled_from(
@@ -543,6 +574,25 @@ class TestListener:
         throw()
         assert sink.frames == []
         assert post(lease, run, result_body(run, 1)).status == 204
+
+
+_WRONG: tuple[Any, ...] = (
+    None, True, -1, 0, 2**63, 1.5, float("nan"), "", "x" * 99, b"\xff", [], [[]], {}, {"__wove__": "set", "v": [[]]},
+    ["data", 0, 1], ["pickle", 0, 1], ["tagged", 0, 9], ["data", -1, 1], [{"kind": 1, "value": ["pickle", 0, 1]}],
+)  # fmt: skip
+
+
+def _wrong_frame(dice: random.Random, run: OpenRun, kinds: frozenset[str]) -> dict[str, Any]:
+    frame = event(run, dice.choice(sorted(kinds)), dice.randint(1, 9))
+    frame.update(result=["data", 0, 1], error={"kind": "E", "message": "m"}, message="m", fraction=0.5)
+    # Most are right but for what nobody reads, or nothing of their request would be looked at but the first.
+    wrong = (
+        dice.choice(list(frame))
+        if dice.random() < 0.02
+        else dice.choice(["unknown", "fence", "worker", "exception"])
+    )
+    frame[wrong] = dice.choice(_WRONG)
+    return frame
 
 
 # --- bounds ------------------------------------------------------------------------

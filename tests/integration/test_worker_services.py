@@ -188,7 +188,7 @@ class TestCommandLine:
                     await handle.run(lambda: 1)
                 with pytest.raises(Exception, match="plain data only"):
                     await handle.run(tasks.echo, tasks.Point(1, 2))
-                with pytest.raises(Exception, match="returns plain data only"):
+                with pytest.raises(Exception, match="only plain data travels here"):
                     await handle.run(tasks.make_point, 1, 2)
                 with pytest.raises(Exception, match="a builtin problem") as caught:
                     await handle.run(tasks.fail_builtin)
