@@ -7,8 +7,9 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from wove_tests import deeds, tasks
@@ -272,6 +273,30 @@ async def test_row_27_a_body_that_is_cut_on_its_way_is_sent_again(
         await until(lambda seen=before: proxy.accepted > seen or call.done(), "it is offered again")
     proxy.up()
     assert len(await call) == 4_000_000
+
+
+async def test_row_34_hundreds_of_workers_report_at_the_same_moment() -> None:
+    # Threads of this process, each with a connection of its own: a fleet whose tasks end together.
+    threads = 300
+    config = {"threads": threads}
+    definition = {"executor": "memory", "executor_config": config, "delivery_timeout": 60}
+    together = threading.Barrier(threads)
+    Together.barrier = together
+    async with ExecutorRuntime({"memory": definition}) as runtime:
+        calls = [runtime["memory"].run(Together.end, number) for number in range(threads)]
+        assert await asyncio.gather(*calls) == list(range(threads))
+
+
+class Together:
+    """Tasks of this process that end at the same moment."""
+
+    barrier: ClassVar[threading.Barrier]
+
+    @classmethod
+    def end(cls, number: int) -> int:
+        """Return when all are there."""
+        cls.barrier.wait(60)
+        return number
 
 
 WEATHERS: dict[str, Callable[[TcpProxy], None]] = {

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import os
 import random
 import signal
 import threading
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from wove_tests import deeds, tasks
+from wove_tests.callbacks import Sink, event, events_path, open_run, packed, post, signed
 from wove_tests.crew import Crew, Job
 from wove_tests.waiting import until, until_states
 
-from wove import BackendAdapterEnvironmentExecutor, DeliveryTimeoutError, ExecutorRuntime
+from wove import BackendAdapterEnvironmentExecutor, DeliveryTimeoutError, ExecutorRuntime, frames
 from wove.adapters.celery import CeleryAdapter
 from wove.adapters.memory import MemoryAdapter
 from wove.adapters.rq import RqAdapter
+from wove.callback_server import hub
 from wove.worker import session
 
 if TYPE_CHECKING:
@@ -26,9 +29,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from wove.adapters.base import BackendAdapter
+    from wove.callback_server.hub import Lease
     from wove.handle import EnvironmentHandle
 
 redis = pytest.mark.redis
+
+
+@contextmanager
+def closing_lease() -> Iterator[Lease]:
+    """A share of a listener."""
+    lease = hub.acquire("127.0.0.1", 0)
+    try:
+        yield lease
+    finally:
+        lease.release()
 
 
 class Copying:
@@ -133,6 +147,19 @@ class TestRow13DuplicatePayloads:
                 assert await job.call == "done"
                 assert await handle.run(tasks.double, 21) == 42
                 assert len(job.executions) == 1
+
+    @pytest.mark.xfail(reason="until the sweep has seen that the connection is gone, the answer is 409")
+    def test_row_13_the_successor_of_a_process_that_died_this_moment_is_not_sent_away(self) -> None:
+        with closing_lease() as lease:
+            run = open_run(lease, Sink())
+            first = http.client.HTTPConnection(lease.host, lease.port, timeout=10)
+            body = packed([event(run, frames.TASK_STARTED)], execution="first")
+            first.request("POST", events_path(run), body, signed(run, body, final=False))
+            assert first.getresponse().status == 204
+            first.close()
+            body = packed([event(run, frames.TASK_STARTED, fence=True)], execution="second")
+            # To be asked again in a moment, when it is known whether the first one lives.
+            assert post(lease, run, body, final=False).status == 503
 
     @redis
     @pytest.mark.parametrize("name", ["celery-threads", "celery-prefork", "rq-worker"])

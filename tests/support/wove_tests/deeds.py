@@ -62,6 +62,12 @@ def hold(log: str, release: str) -> str:
     return "done"
 
 
+def hold_number(log: str, release: str, number: int) -> int:
+    """As :func:`hold`, and return the number."""
+    hold(log, release)
+    return number
+
+
 async def hold_async(log: str, release: str) -> str:
     """As :func:`hold`, as a coroutine; a cancellation ends it."""
     note(log, "start")
@@ -253,3 +259,11 @@ def release_attempt(folder: Path, attempt: int, how: str = "") -> None:
         part = path.with_suffix(".part")
         part.write_text(how)
         part.rename(path)
+
+
+def retry_in(log: str, seconds: float) -> NoReturn:
+    """Ask Celery for another execution, later."""
+    from celery import current_task
+
+    note(log, "start")
+    raise current_task.retry(countdown=seconds, max_retries=5)
