@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,19 +14,17 @@ if TYPE_CHECKING:
 
 #: The fault matrix kills, cuts and restarts real workers and brokers, row by row, for minutes:
 #: ``make matrix``. Some of its rows do not hold yet.
+_QUICK = {
+    "test_cancel_and_stop.py",
+    "test_floods.py",
+    "test_hostile_values.py",
+    "test_stdio_processes.py",
+    "test_worker_services.py",
+}
 collect_ignore = (
     []
     if os.environ.get("WOVE_TEST_MATRIX")
-    else [
-        "test_broker_faults.py",
-        "test_callback_outages.py",
-        "test_cancel_races.py",
-        "test_dead_workers.py",
-        "test_duplicates_and_order.py",
-        "test_hostile_endings.py",
-        "test_idempotency.py",
-        "test_retries.py",
-    ]
+    else sorted({path.name for path in Path(__file__).parent.glob("test_*.py")} - _QUICK)
 )
 
 
