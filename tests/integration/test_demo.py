@@ -134,7 +134,8 @@ def test_one_fleet_on_a_redis_of_ones_own(
             output = wait_for_end(process)
             assert process.returncode == 0, output
             assert f"ok: the totals of {only} match a local run" in output
-            assert client.keys() == [b"somebody's"]
+            # The lock of RQ 3's own house-keeping expires; it belongs to whoever's workers there are.
+            assert set(client.keys()) - {b"rq:clean_groups"} == {b"somebody's"}
         client.flushdb()
     home.assert_nothing_left()
 

@@ -32,7 +32,7 @@ QUEUE = "leftovers"
 RQ_DATABASE, CELERY_DATABASE = 11, 12
 
 #: What RQ itself writes about its queues and workers, whoever enqueues.
-RQS_OWN = ("rq:queues", "rq:workers", f"rq:workers:{QUEUE}", "rq:worker:", "rq:clean_registries:")
+RQS_OWN = ("rq:queues", "rq:workers", f"rq:workers:{QUEUE}", "rq:worker:", "rq:clean_")
 FAILED_REGISTRY = f"rq:failed:{QUEUE}"
 
 
