@@ -37,6 +37,8 @@ TAG_SIZE = 32
 #: Bytes of a run's nonce.
 NONCE_SIZE = 16
 
+#: Up to so many bytes are signed by one call.
+_AT_ONCE = 16 * 1024
 _MAGIC = b"WOVE\x01"
 _LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 _KEY_ID = re.compile(r"[A-Za-z0-9._-]{1,32}")
@@ -199,14 +201,22 @@ def _create_cookie(path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
+def _size(part: Buffer) -> int:
+    return len(part) if type(part) is bytes else memoryview(part).nbytes
+
+
 def mac(key: bytes, fields: Iterable[bytes | str], parts: Iterable[Buffer] = ()) -> bytes:
     """Return the HMAC-SHA256 of length-prefixed ``fields``, then of ``parts`` as one field."""
-    digest = hmac.new(key, digestmod=hashlib.sha256)
+    pieces: list[Buffer] = []
     for field in fields:
         raw = field.encode() if isinstance(field, str) else field
-        digest.update(_LENGTH.pack(len(raw)) + raw)
+        pieces += (_LENGTH.pack(len(raw)), raw)
     # The parts come last and end the message: their length needs no prefix.
-    for part in parts:
+    pieces += parts
+    if sum(map(_size, pieces)) <= _AT_ONCE:
+        return hmac.digest(key, b"".join(pieces), "sha256")  # a third of the time
+    digest = hmac.new(key, digestmod=hashlib.sha256)
+    for part in pieces:
         digest.update(part)
     return digest.digest()
 
