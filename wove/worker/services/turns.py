@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING
 from wove import frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from wove.exchange import Packet
     from wove.worker.services.child import Parent
     from wove.worker.services.runner import Run, Runner
