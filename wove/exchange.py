@@ -31,6 +31,7 @@ MAX_PACKET = 1024 * 1024 * 1024
 ATTACH = "attach"
 ACK = "ack"
 HELLO = "hello"
+MORE = "more"
 PING = "ping"
 UNKNOWN = "unknown"
 #: Entries of a list within an envelope; longer ones are sent in several packets.

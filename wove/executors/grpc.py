@@ -7,9 +7,10 @@ import os
 import re
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from wove.errors import ConfigurationError, MissingDispatchFeatureError
+from wove.exchange import MORE, encode_note, framed
 from wove.executors.network import IN_THREAD_FROM, SILENCE_SECONDS, NetworkExecutor, Request, refused
 from wove.executors.policy import check_policy, client_tls, is_loopback, read_headers, read_pem
 from wove.executors.settings import seconds
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 DEFAULT_METHOD = "/wove.network_executor.WorkerService/Send"
 #: Seconds between two questions whether a connection with open calls still stands.
 KEEP_ALIVE = 30.0
+#: What the name of the unary method ends with, and the largest request, in bytes, that is sent there.
+QUICK_SUFFIX = "Quick"
+QUICK_BYTES = 256 * 1024
 _METHOD = re.compile(r"/[\w.]+/\w+")
 _NAME = re.compile(r"[a-z0-9_.-]+")
 
@@ -32,7 +36,8 @@ _NAME = re.compile(r"[a-z0-9_.-]+")
 class GrpcEnvironmentExecutor(NetworkExecutor):
     """Sends tasks to a worker service over gRPC; events come back as they happen.
 
-    A service whose method is unary answers with all events at once, which works as well.
+    A service whose method is unary answers with all events at once, which works as well. Ours has another one
+    beside it that is unary, for the first answer: most runs have ended by then, and a stream costs half as much again.
 
     ``executor_config``: ``target`` (``"host:port"``, ``"unix:/path"``), ``method``
     (``/wove.network_executor.WorkerService/Send``), ``metadata`` (a mapping), ``secure`` (TLS),
@@ -49,8 +54,10 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
 
     def __init__(self) -> None:
         super().__init__()
-        self._calls: Any = None
-        self._urgent: Any = None
+        self._calls: _Methods | None = None
+        self._urgent: _Methods | None = None
+        #: Whether the service has the method for short answers, as far as is known.
+        self._quick = True
         self._channels: list[Channel] = []
 
     @property
@@ -89,7 +96,7 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         )
         return self._grpc.ssl_channel_credentials(roots, key if key is not None else chain, chain)
 
-    def _new_channel(self, credentials: Any, keep_alive: float) -> Any:
+    def _new_channel(self, credentials: Any, keep_alive: float) -> _Methods:
         options = (
             ("grpc.max_receive_message_length", self.max_message),
             ("grpc.max_send_message_length", -1),
@@ -108,7 +115,7 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         else:
             channel = aio.secure_channel(self._target, credentials, options=options)
         self._channels.append(channel)
-        return channel.unary_stream(self._method)
+        return _Methods(channel.unary_stream(self._method), channel.unary_unary(self._method + QUICK_SUFFIX))
 
     async def close(self) -> None:
         """Close the connections; see :meth:`NetworkExecutor.close`."""
@@ -123,30 +130,46 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         """Send a request; see :meth:`NetworkExecutor.exchange`."""
         size = request.size
         body = await in_thread(b"".join, request.body) if size > IN_THREAD_FROM else b"".join(request.body)
-        answer = Pipe()
-        conversation = asyncio.run_coroutine_threadsafe(
-            self._converse(body, request.patience(self.timeout), answer, urgent=urgent), self._loop_of_calls
-        )
-        del body
-        try:
-            while (item := await answer.get()) is not None:
-                if isinstance(item, Seal):
-                    request.seal = item
-                    request.accept()
-                elif isinstance(item, Exception):
-                    raise item
-                else:
-                    yield item
-        finally:
-            conversation.cancel()
+        quick = self._quick and size <= QUICK_BYTES
+        while True:
+            answer = Pipe()
+            conversation = asyncio.run_coroutine_threadsafe(
+                self._converse(body, request.patience(self.timeout), answer, urgent=urgent, quick=quick),
+                self._loop_of_calls,
+            )
+            del body
+            try:
+                while (item := await answer.get()) is not None:
+                    if isinstance(item, Seal):
+                        request.seal = item
+                        request.accept()
+                    elif isinstance(item, Exception):
+                        raise item
+                    else:
+                        yield item
+            finally:
+                conversation.cancel()
+            if not request.token:
+                return
+            # Not all has ended yet: the rest comes as a stream, as it happens.
+            body = b"".join(map(bytes, framed(encode_note(MORE, token=request.token))))
+            request.token, quick = "", False
 
     # --- in the loop of all calls -------------------------------------------------
 
-    async def _converse(self, body: bytes, patience: float, answer: Pipe, *, urgent: bool) -> None:
+    async def _converse(
+        self, body: bytes, patience: float, answer: Pipe, *, urgent: bool, quick: bool
+    ) -> None:
         """Make the call and pass on what comes back: a seal, chunks, perhaps an error, None at the end."""
         aio = self._grpc.aio
+        methods = self._urgent if urgent else self._calls
         try:
-            call = await self._call(body, patience, answer, urgent=urgent)
+            if methods is None:
+                raise RuntimeError("the grpc executor is not started")
+            if quick and (short := await self._ask(methods.ask, body, patience)) is not None:
+                answer.put(*short)
+                return
+            call = await self._call(methods.send, body, patience, answer)
             try:
                 silence = max(self.timeout, SILENCE_SECONDS)
                 while (chunk := await self._within(silence, call.read())) is not aio.EOF:
@@ -162,13 +185,35 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         finally:
             answer.put(None)
 
-    async def _call(self, body: bytes, patience: float, answer: Pipe, *, urgent: bool) -> Any:
-        """Return the call when it was answered; it is made again where the service's clock is another."""
-        send = self._urgent if urgent else self._calls
-        if send is None:
-            raise RuntimeError("the grpc executor is not started")
+    async def _ask(self, ask: Any, body: bytes, patience: float) -> tuple[Seal, bytes] | None:
+        """Make a unary call; return None when the service has no such method, and has taken nothing."""
+        method = self._method + QUICK_SUFFIX
         for attempt in range(3):
-            signed = await self._sign(body)
+            signed = await self._sign(body, method)
+            try:
+                chunk: bytes = await ask(
+                    body, metadata=(*self._metadata, ("wove-host", self._target), *signed), timeout=patience
+                )
+            except self._grpc.aio.AioRpcError as exc:
+                codes = self._grpc.StatusCode
+                if exc.code() is codes.UNIMPLEMENTED:
+                    self._quick = False
+                    return None
+                if exc.code() is codes.DEADLINE_EXCEEDED:
+                    raise self._silent(patience) from None
+                problem = self._problem(
+                    exc.code(), exc.details(), exc.trailing_metadata(), dict(signed), learn=attempt == 0
+                )
+                if isinstance(problem, Exception):
+                    raise problem from None
+            else:
+                return Seal(self.security.answer_key(dict(signed)), "answer"), chunk
+        raise ConnectionError("it answered that the request's clock is wrong")
+
+    async def _call(self, send: Any, body: bytes, patience: float, answer: Pipe) -> Any:
+        """Return the call when it was answered; it is made again where the service's clock is another."""
+        for attempt in range(3):
+            signed = await self._sign(body, self._method)
             call = send(body, metadata=(*self._metadata, ("wove-host", self._target), *signed))
             try:
                 problem = await self._answered(call, patience, dict(signed), learn=attempt == 0)
@@ -194,9 +239,15 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             trailing = await call.trailing_metadata()
         except self._grpc.aio.AioRpcError as exc:
             code, details, trailing = exc.code(), exc.details(), exc.trailing_metadata()
-        codes = self._grpc.StatusCode
-        if code is codes.OK:
+        if code is self._grpc.StatusCode.OK:
             return None
+        return self._problem(code, details, trailing, signed, learn=learn)
+
+    def _problem(
+        self, code: Any, details: Any, trailing: Any, signed: dict[str, str], *, learn: bool
+    ) -> Exception | str:
+        """Return what a failed call means: an error, or that the request is to be sent again."""
+        codes = self._grpc.StatusCode
         if code is codes.UNAUTHENTICATED:
             told = {str(name): str(value) for name, value in trailing or ()}
             if learn and self.security.learn_clock(signed, told):
@@ -209,9 +260,9 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             return refused(code.name, str(details), trusted=True)
         return ConnectionError(f"{code.name}: {details}")
 
-    async def _sign(self, body: bytes) -> tuple[tuple[str, str], ...]:
+    async def _sign(self, body: bytes, method: str) -> tuple[tuple[str, str], ...]:
         def sign() -> tuple[tuple[str, str], ...]:
-            return self.security.metadata_for(host=self._target, target=self._method, body=body)
+            return self.security.metadata_for(host=self._target, target=method, body=body)
 
         if len(body) < IN_THREAD_FROM:
             return sign()
@@ -223,9 +274,17 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             async with asyncio.timeout(limit):
                 return await work
         except TimeoutError:
-            raise ConnectionError(
-                f'nothing came from it for {limit:g} s (executor_config["timeout"])'
-            ) from None
+            raise self._silent(limit) from None
+
+    def _silent(self, seconds: float) -> ConnectionError:
+        return ConnectionError(f'nothing came from it for {seconds:g} s (executor_config["timeout"])')
+
+
+class _Methods(NamedTuple):
+    """What one connection calls: the method that streams, and the one for short answers."""
+
+    send: Any
+    ask: Any
 
 
 class Pipe:
@@ -236,9 +295,9 @@ class Pipe:
         self._items: deque[Any] = deque()
         self._ready = asyncio.Event()
 
-    def put(self, item: Any) -> None:
-        """Hand an item over, from any thread."""
-        self._items.append(item)
+    def put(self, *items: Any) -> None:
+        """Hand items over, from any thread."""
+        self._items.extend(items)
         try:
             self._loop.call_soon_threadsafe(self._ready.set)
         except RuntimeError:

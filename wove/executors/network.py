@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove import frames
 from wove.errors import ProtocolError, SubmitError, WoveError, safe_text
-from wove.exchange import Packet, PacketReader, encode_cancel, framed, lost_frame
+from wove.exchange import MORE, Packet, PacketReader, encode_cancel, framed, lost_frame
 from wove.executors.base import EnvironmentExecutor, FrameChannel
 from wove.executors.events import CommandEncoder, EventDecoder
 from wove.executors.settings import check_keys, seconds, whole_number
@@ -65,6 +65,8 @@ class Request:
         self.seal = Seal(None, "answer")
         self.accepted = False
         self.on_accepted: Callable[[], None] | None = None
+        #: By what the rest of the answer is asked for, where there is one.
+        self.token = ""
 
     def accept(self) -> None:
         """The service has accepted the request: called by the transport before it yields anything."""
@@ -332,16 +334,20 @@ class NetworkExecutor(EnvironmentExecutor):
             async for chunk in answer:
                 request.body = []
                 for raw in reader.feed(chunk):
-                    await self._take(raw, request.seal, runs)
+                    await self._take(raw, request, runs)
         if not reader.idle:
             raise ProtocolError("its answer was cut in the middle of a packet")
 
-    async def _take(self, raw: memoryview, seal: Seal, runs: dict[str, _Sent]) -> None:
+    async def _take(self, raw: memoryview, request: Request, runs: dict[str, _Sent]) -> None:
+        seal = request.seal
         if raw.nbytes < IN_THREAD_FROM:
             verified = seal.open(raw)
         else:
             verified = await in_thread(seal.open, raw)
         packet = Packet(verified)
+        if packet.kind == MORE:
+            request.token = safe_text(packet.envelope.get("token"), 64)
+            return
         sent = runs.get(str(packet.envelope.get("run_id")))
         if sent is None or sent.ended or self._decoder is None:
             return  # a ping, or somebody else's
