@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
-from wove.errors import ProtocolError, normalize_exception, safe_text
+from wove.errors import ProtocolError
+from wove.exchange import decode_result
 from wove.plain_data import from_tagged
 from wove.remote_errors import decode_exception
 from wove.security import event_tag, same
-from wove.wire import decode_value, unpack_json, unpack_message, unpark
+from wove.wire import unpack_json, unpack_message, unpark
 
 if TYPE_CHECKING:
     from wove.callback_server.runs import OpenRun
@@ -99,24 +100,10 @@ def _decode_msgpack(body: bytearray) -> list[Frame]:
     batch = _frames_of(envelope)
     for frame in batch:
         if "result" in frame:
-            _decode_result(frame, attachments)
+            decode_result(frame, attachments)
         if "exception" in frame:
             frame["exception"] = decode_exception(frame["exception"], attachments)
     return batch
-
-
-def _decode_result(frame: Frame, attachments: list[memoryview]) -> None:
-    try:
-        frame["result"] = decode_value(frame["result"], attachments)
-    except ProtocolError:
-        raise
-    except BaseException as exc:
-        # Its class is missing here, say, or its module calls sys.exit(): an error of this
-        # run, and of no other, whereas SystemExit would end the listener of them all.
-        text = f"the result cannot be rebuilt in the submitter: {type(exc).__name__}: {safe_text(exc, 500)}"
-        error = {**normalize_exception(exc, source="executor"), "kind": "ResultDecodeError", "message": text}
-        del frame["result"]
-        frame.update(type=frames.TASK_ERROR, error=error)
 
 
 def _decode_json(body: bytearray) -> list[Frame]:

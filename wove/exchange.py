@@ -31,6 +31,7 @@ MAX_PACKET = 1024 * 1024 * 1024
 ATTACH = "attach"
 ACK = "ack"
 HELLO = "hello"
+HOLD = "hold"
 MORE = "more"
 PING = "ping"
 UNKNOWN = "unknown"
@@ -181,9 +182,15 @@ class Packet:
 
 
 def decode_result(frame: Frame, attachments: Sequence[memoryview]) -> None:
-    """Decode the result in ``frame``; where it cannot be rebuilt the frame becomes a ``task_error``."""
+    """Decode the result in ``frame``; where it cannot be rebuilt the frame becomes a ``task_error``.
+
+    Raises:
+        ProtocolError: it is malformed.
+    """
     try:
         frame["result"] = decode_value(frame["result"], attachments)
+    except ProtocolError:
+        raise
     except BaseException as exc:
         # Its class is missing here, say, or its module calls sys.exit(): that ends one run and nothing else.
         text = f"the result cannot be rebuilt in the submitter: {type(exc).__name__}: {safe_text(exc, 500)}"

@@ -7,11 +7,12 @@ import os
 import re
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove.errors import ConfigurationError, MissingDispatchFeatureError
-from wove.exchange import MORE, encode_note, framed
-from wove.executors.network import IN_THREAD_FROM, SILENCE_SECONDS, NetworkExecutor, Request, refused
+from wove.exchange import HOLD, MORE, encode_note, framed
+from wove.executors.network import IN_THREAD_FROM, SILENCE_SECONDS, NetworkExecutor, Request, refused, resolve
 from wove.executors.policy import check_policy, client_tls, is_loopback, read_headers, read_pem
 from wove.executors.settings import seconds
 from wove.network_security import NetworkSecurityError, Seal
@@ -29,6 +30,8 @@ KEEP_ALIVE = 30.0
 #: What the name of the unary method ends with, and the largest request, in bytes, that is sent there.
 QUICK_SUFFIX = "Quick"
 QUICK_BYTES = 256 * 1024
+#: Seconds after the last unary call until none is held open any more.
+HOLD_AFTER = 10.0
 _METHOD = re.compile(r"/[\w.]+/\w+")
 _NAME = re.compile(r"[a-z0-9_.-]+")
 
@@ -54,8 +57,12 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
 
     def __init__(self) -> None:
         super().__init__()
-        self._calls: _Methods | None = None
-        self._urgent: _Methods | None = None
+        self._calls: Any = None
+        self._urgent: Any = None
+        self._quick_channel: Any = None
+        self._ask_quick: Any = None
+        self._held: Any = None
+        self._asked_at = 0.0
         #: Whether the service has the method for short answers, as far as is known.
         self._quick = True
         self._channels: list[Channel] = []
@@ -88,6 +95,8 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             self._urgent = self._new_channel(credentials, keep_alive)
 
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(connect(), self._loop_of_calls))
+        self._quick_channel = await in_thread(self._new_quick_channel, credentials, keep_alive)
+        self._ask_quick = self._quick_channel.unary_unary(self._method + QUICK_SUFFIX)
 
     def _credentials(self, config: Mapping[str, Any]) -> Any:
         client_tls(config)  # what is no certificate is said in our words
@@ -96,8 +105,24 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         )
         return self._grpc.ssl_channel_credentials(roots, key if key is not None else chain, chain)
 
-    def _new_channel(self, credentials: Any, keep_alive: float) -> _Methods:
-        options = (
+    def _new_channel(self, credentials: Any, keep_alive: float) -> Any:
+        aio = self._grpc.aio
+        options = self._options(keep_alive)
+        if credentials is None:
+            channel = aio.insecure_channel(self._target, options=options)
+        else:
+            channel = aio.secure_channel(self._target, credentials, options=options)
+        self._channels.append(channel)
+        return channel.unary_stream(self._method)
+
+    def _new_quick_channel(self, credentials: Any, keep_alive: float) -> Any:
+        options = self._options(keep_alive)
+        if credentials is None:
+            return self._grpc.insecure_channel(self._target, options=options)
+        return self._grpc.secure_channel(self._target, credentials, options=options)
+
+    def _options(self, keep_alive: float) -> tuple[tuple[str, int], ...]:
+        return (
             ("grpc.max_receive_message_length", self.max_message),
             ("grpc.max_send_message_length", -1),
             ("grpc.keepalive_time_ms", int(keep_alive * 1000)),
@@ -109,18 +134,16 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2_000),
         )
-        aio = self._grpc.aio
-        if credentials is None:
-            channel = aio.insecure_channel(self._target, options=options)
-        else:
-            channel = aio.secure_channel(self._target, credentials, options=options)
-        self._channels.append(channel)
-        return _Methods(channel.unary_stream(self._method), channel.unary_unary(self._method + QUICK_SUFFIX))
 
     async def close(self) -> None:
         """Close the connections; see :meth:`NetworkExecutor.close`."""
         channels, self._channels = self._channels, []
-        self._calls = self._urgent = None
+        self._calls = self._urgent = self._ask_quick = None
+        quick, self._quick_channel = self._quick_channel, None
+        if self._held is not None:
+            self._held.cancel()
+        if quick is not None:
+            await in_thread(quick.close)
         for channel in channels:
             await asyncio.wrap_future(
                 asyncio.run_coroutine_threadsafe(channel.close(None), self._loop_of_calls)
@@ -130,46 +153,100 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         """Send a request; see :meth:`NetworkExecutor.exchange`."""
         size = request.size
         body = await in_thread(b"".join, request.body) if size > IN_THREAD_FROM else b"".join(request.body)
-        quick = self._quick and size <= QUICK_BYTES
-        while True:
-            answer = Pipe()
-            conversation = asyncio.run_coroutine_threadsafe(
-                self._converse(body, request.patience(self.timeout), answer, urgent=urgent, quick=quick),
-                self._loop_of_calls,
+        if self._quick and size <= QUICK_BYTES and not urgent:
+            short = await self._ask(body, request.patience(self.timeout))
+            if short is not None:
+                request.seal, chunk = short
+                request.accept()
+                yield chunk
+                if not request.token:
+                    return
+                # Not all has ended yet: the rest comes as a stream, as it happens.
+                body = b"".join(map(bytes, framed(encode_note(MORE, token=request.token))))
+        answer = Pipe()
+        conversation = asyncio.run_coroutine_threadsafe(
+            self._converse(body, request.patience(self.timeout), answer, urgent=urgent), self._loop_of_calls
+        )
+        del body
+        try:
+            while (item := await answer.get()) is not None:
+                if isinstance(item, Seal):
+                    request.seal = item
+                    request.accept()
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    yield item
+        finally:
+            conversation.cancel()
+
+    # --- unary calls, made from the caller's loop -----------------------------------
+
+    async def _ask(self, body: bytes, patience: float) -> tuple[Seal, bytes] | None:
+        """Make a unary call; return None when the service has no such method, and has taken nothing."""
+        codes = self._grpc.StatusCode
+        for attempt in range(3):
+            signed = await self._sign(body, self._method + QUICK_SUFFIX)
+            call = await self._unary(body, signed, patience)
+            code = call.code()
+            if code is codes.OK:
+                self._hold(patience)
+                return Seal(self.security.answer_key(dict(signed)), "answer"), call.result()
+            if code is codes.UNIMPLEMENTED:
+                self._quick = False
+                return None
+            if code is codes.DEADLINE_EXCEEDED:
+                raise self._silent(patience)
+            if code is codes.UNAVAILABLE and attempt == 0 and self._asked_at:
+                continue  # a kept connection had ended; a service executes a run once, however often it is sent
+            problem = self._problem(
+                code, call.details(), call.trailing_metadata(), dict(signed), learn=attempt == 0
             )
-            del body
-            try:
-                while (item := await answer.get()) is not None:
-                    if isinstance(item, Seal):
-                        request.seal = item
-                        request.accept()
-                    elif isinstance(item, Exception):
-                        raise item
-                    else:
-                        yield item
-            finally:
-                conversation.cancel()
-            if not request.token:
-                return
-            # Not all has ended yet: the rest comes as a stream, as it happens.
-            body = b"".join(map(bytes, framed(encode_note(MORE, token=request.token))))
-            request.token, quick = "", False
+            if isinstance(problem, Exception):
+                raise problem
+        raise ConnectionError("it answered that the request's clock is wrong")
+
+    async def _unary(self, body: bytes, signed: tuple[tuple[str, str], ...], patience: float) -> Any:
+        """Make a call and return it when it is done."""
+        if self._ask_quick is None:
+            raise RuntimeError("the grpc executor is not started")
+        done: asyncio.Future[None] = self._loop.create_future()
+        metadata = (*self._metadata, ("wove-host", self._target), *signed)
+        call = self._ask_quick.future(body, metadata=metadata, timeout=patience)
+        call.add_done_callback(partial(_wake, self._loop, done))
+        try:
+            await done
+        except BaseException:
+            call.cancel()
+            raise
+        return call
+
+    def _hold(self, patience: float) -> None:
+        """Keep a call open while there are others: grpcio ends its thread with the last one, and starts another."""
+        self._asked_at = self._loop.time()
+        if self._held is None:
+            self._held = self._loop.create_task(self._keep_held(patience), name="wove-grpc-hold")
+
+    async def _keep_held(self, patience: float) -> None:
+        body = b"".join(map(bytes, framed(encode_note(HOLD))))
+        try:
+            while self._loop.time() - self._asked_at < HOLD_AFTER and self._ask_quick is not None:
+                call = await self._unary(body, await self._sign(body, self._method + QUICK_SUFFIX), patience)
+                if call.code() is not self._grpc.StatusCode.OK:
+                    await asyncio.sleep(1.0)  # what is wrong is said to whoever runs something
+        finally:
+            self._held = None
 
     # --- in the loop of all calls -------------------------------------------------
 
-    async def _converse(
-        self, body: bytes, patience: float, answer: Pipe, *, urgent: bool, quick: bool
-    ) -> None:
+    async def _converse(self, body: bytes, patience: float, answer: Pipe, *, urgent: bool) -> None:
         """Make the call and pass on what comes back: a seal, chunks, perhaps an error, None at the end."""
         aio = self._grpc.aio
-        methods = self._urgent if urgent else self._calls
+        send = self._urgent if urgent else self._calls
         try:
-            if methods is None:
+            if send is None:
                 raise RuntimeError("the grpc executor is not started")
-            if quick and (short := await self._ask(methods.ask, body, patience)) is not None:
-                answer.put(*short)
-                return
-            call = await self._call(methods.send, body, patience, answer)
+            call = await self._call(send, body, patience, answer)
             try:
                 silence = max(self.timeout, SILENCE_SECONDS)
                 while (chunk := await self._within(silence, call.read())) is not aio.EOF:
@@ -184,31 +261,6 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             answer.put(exc)
         finally:
             answer.put(None)
-
-    async def _ask(self, ask: Any, body: bytes, patience: float) -> tuple[Seal, bytes] | None:
-        """Make a unary call; return None when the service has no such method, and has taken nothing."""
-        method = self._method + QUICK_SUFFIX
-        for attempt in range(3):
-            signed = await self._sign(body, method)
-            try:
-                chunk: bytes = await ask(
-                    body, metadata=(*self._metadata, ("wove-host", self._target), *signed), timeout=patience
-                )
-            except self._grpc.aio.AioRpcError as exc:
-                codes = self._grpc.StatusCode
-                if exc.code() is codes.UNIMPLEMENTED:
-                    self._quick = False
-                    return None
-                if exc.code() is codes.DEADLINE_EXCEEDED:
-                    raise self._silent(patience) from None
-                problem = self._problem(
-                    exc.code(), exc.details(), exc.trailing_metadata(), dict(signed), learn=attempt == 0
-                )
-                if isinstance(problem, Exception):
-                    raise problem from None
-            else:
-                return Seal(self.security.answer_key(dict(signed)), "answer"), chunk
-        raise ConnectionError("it answered that the request's clock is wrong")
 
     async def _call(self, send: Any, body: bytes, patience: float, answer: Pipe) -> Any:
         """Return the call when it was answered; it is made again where the service's clock is another."""
@@ -280,11 +332,11 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         return ConnectionError(f'nothing came from it for {seconds:g} s (executor_config["timeout"])')
 
 
-class _Methods(NamedTuple):
-    """What one connection calls: the method that streams, and the one for short answers."""
-
-    send: Any
-    ask: Any
+def _wake(loop: asyncio.AbstractEventLoop, done: asyncio.Future[None], call: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(resolve, done, None)
+    except RuntimeError:
+        pass  # that loop has ended, and whoever waited with it
 
 
 class Pipe:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from wove.errors import ConfigurationError, ProtocolError
-from wove.exchange import MORE, Packet, chunked, encode_note, split_packets
+from wove.exchange import HOLD, MORE, Packet, chunked, encode_note, split_packets
 from wove.network_security import NetworkSecurityError, Seal
 from wove.worker.services.hub import Listener
 from wove.worker.services.listen import Address, run_until_told, start_listening
@@ -36,9 +36,11 @@ CHUNK = 1024 * 1024
 STOP_SECONDS = 1.0
 #: What the name of the unary method ends with.
 QUICK_SUFFIX = "Quick"
-#: Seconds that a caller has to ask for the rest of an answer, and the largest request that may be such a one.
+#: Seconds that a caller has to ask for the rest of an answer, and the largest request that may hold nothing but a note.
 CONTINUE_SECONDS = 5.0
-MORE_BYTES = 256
+NOTE_BYTES = 256
+#: Seconds that a call stays open whose caller wants just that.
+HOLD_SECONDS = 2.0
 
 
 def grpc_handler(
@@ -74,6 +76,7 @@ class WorkerHandler(grpc.GenericRpcHandler):
         }
         #: Answers of which the first part was handed over: what comes of their runs, by the word to ask with.
         self._unfinished: dict[str, Listener] = {}
+        self._held: set[asyncio.Future[None]] = set()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of a call, or None for another method."""
@@ -88,6 +91,7 @@ class WorkerHandler(grpc.GenericRpcHandler):
 
     async def stop(self) -> None:
         """Stop the service. Idempotent."""
+        self.release()
         await self.tasks.stop()
 
     async def _send(
@@ -118,6 +122,9 @@ class WorkerHandler(grpc.GenericRpcHandler):
         """Answer with what comes of short runs; of others the rest is asked for by a token."""
         await self.start()
         verified = await self._verify(body, context, self.method + QUICK_SUFFIX)
+        if len(body) <= NOTE_BYTES and _only(body, HOLD) is not None:
+            await self._hold()
+            return b""
         listener = Listener()
         packets: list[Sequence[Buffer]] = []
         try:
@@ -136,6 +143,19 @@ class WorkerHandler(grpc.GenericRpcHandler):
         asyncio.get_running_loop().call_later(CONTINUE_SECONDS, self._give_up, token)
         return b"".join(await sealed([encode_note(MORE, token=token)], Seal(verified.key, "answer")))
 
+    async def _hold(self) -> None:
+        """Answer after a while, or when the service ends: the caller wants an open call, and nothing else."""
+        held: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._held.add(held)
+        await asyncio.wait((held,), timeout=HOLD_SECONDS)
+        self._held.discard(held)
+
+    def release(self) -> None:
+        """Answer the calls that are open for nothing, so that the server need not wait for them."""
+        for held in self._held:
+            if not held.done():
+                held.set_result(None)
+
     def _give_up(self, token: str) -> None:
         listener = self._unfinished.pop(token, None)
         if listener is not None:
@@ -143,15 +163,10 @@ class WorkerHandler(grpc.GenericRpcHandler):
 
     def _continued(self, body: bytes) -> Listener | None:
         """Return who listens to the runs whose first answer the caller has had."""
-        if not self._unfinished or len(body) > MORE_BYTES:
+        note = _only(body, MORE) if self._unfinished and len(body) <= NOTE_BYTES else None
+        if note is None:
             return None
-        try:
-            packets = [Packet(raw) for raw in split_packets(body)]
-        except ProtocolError:
-            return None  # said where commands are taken
-        if len(packets) != 1 or packets[0].kind != MORE:
-            return None
-        listener = self._unfinished.pop(str(packets[0].envelope.get("token")), None)
+        listener = self._unfinished.pop(str(note.envelope.get("token")), None)
         if listener is not None:
             listener.continued = True
         return listener
@@ -182,6 +197,15 @@ class WorkerHandler(grpc.GenericRpcHandler):
             clock = tuple((name.lower(), value) for name, value in exc.clock.items())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "not authenticated", trailing_metadata=clock)
         return verified
+
+
+def _only(body: bytes, kind: str) -> Packet | None:
+    """Return the packet of a request that holds that one, and no other."""
+    try:
+        packets = [Packet(raw) for raw in split_packets(body)]
+    except ProtocolError:
+        return None  # said where commands are taken
+    return packets[0] if len(packets) == 1 and packets[0].kind == kind else None
 
 
 async def serve_grpc(service: Service, address: Address) -> None:
@@ -226,6 +250,7 @@ async def serve_grpc(service: Service, address: Address) -> None:
         target = f"unix:{address.unix}" if address.unix is not None else f"{_bracketed(address.host)}:{port}"
         await run_until_told(service, target)
     finally:
+        handler.release()
         await server.stop(STOP_SECONDS)
         await handler.stop()
 
