@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import statistics
 import sys
 import time
 
@@ -10,6 +11,10 @@ from bench_tasks import noop
 SECONDS = 60
 #: Calls one after another.
 LATENCIES = 1_000
+#: Calls before anything is measured, one after another and at once, and round trips of the array.
+WARM_UP = 200
+WARM_UP_AT_ONCE = 1_000
+ARRAYS = 3
 
 
 async def latency(call, options):
@@ -22,9 +27,10 @@ async def latency(call, options):
     return sorted(took)
 
 
-async def throughput(call, options):
+async def throughput(call, options, calls=None):
     """Return calls a second."""
-    numbers = iter(range(options["calls"]))
+    calls = calls or options["calls"]
+    numbers = iter(range(calls))
 
     async def caller():
         for number in numbers:
@@ -32,7 +38,7 @@ async def throughput(call, options):
 
     begun = time.perf_counter()
     await asyncio.gather(*(caller() for _ in range(options["concurrency"])))
-    return options["calls"] / (time.perf_counter() - begun)
+    return calls / (time.perf_counter() - begun)
 
 
 async def array(call, options):
@@ -40,12 +46,14 @@ async def array(call, options):
     import numpy
 
     sent = numpy.arange(8 * 1024 * 1024, dtype="float64")
-    begun = time.perf_counter()
-    back = await call(sent)
-    took = time.perf_counter() - begun
-    if back.nbytes != sent.nbytes or back[-1] != sent[-1]:
-        raise RuntimeError("came back changed")
-    return took
+    took = []
+    for _ in range(ARRAYS):
+        begun = time.perf_counter()
+        back = await call(sent)
+        took.append(time.perf_counter() - begun)
+        if back.nbytes != sent.nbytes or back[-1] != sent[-1]:
+            raise RuntimeError("came back changed")
+    return statistics.median(took)
 
 
 async def measured(measure, call, options):
@@ -70,8 +78,9 @@ async def main(options):
             task_name="noop", task_func=noop, task_args={"value": value}, task_info={"environment": "there"}
         )
 
-    for _ in range(50):
+    for _ in range(WARM_UP):
         await call(0)
+    await throughput(call, options, WARM_UP_AT_ONCE)
     took = await measured(latency, call, options)
     found = {
         "p50_ms": took[LATENCIES // 2] * 1000 if isinstance(took, list) else took,
