@@ -201,22 +201,18 @@ def _create_cookie(path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _size(part: Buffer) -> int:
-    return len(part) if type(part) is bytes else memoryview(part).nbytes
-
-
 def mac(key: bytes, fields: Iterable[bytes | str], parts: Iterable[Buffer] = ()) -> bytes:
     """Return the HMAC-SHA256 of length-prefixed ``fields``, then of ``parts`` as one field."""
     pieces: list[Buffer] = []
     for field in fields:
-        raw = field.encode() if isinstance(field, str) else field
-        pieces += (_LENGTH.pack(len(raw)), raw)
+        raw = field.encode() if type(field) is str else field
+        pieces.append(_LENGTH.pack(len(raw)) + raw)  # type: ignore[operator]
     # The parts come last and end the message: their length needs no prefix.
-    pieces += parts
-    if sum(map(_size, pieces)) <= _AT_ONCE:
-        return hmac.digest(key, b"".join(pieces), "sha256")  # a third of the time
+    parts = list(parts)
+    if sum([len(part) if type(part) is bytes else memoryview(part).nbytes for part in parts]) <= _AT_ONCE:
+        return hmac.digest(key, b"".join((*pieces, *parts)), "sha256")  # a third of the time
     digest = hmac.new(key, digestmod=hashlib.sha256)
-    for part in pieces:
+    for part in (*pieces, *parts):
         digest.update(part)
     return digest.digest()
 

@@ -243,9 +243,9 @@ class NetworkExecutor(EnvironmentExecutor):
         self._runs[sent.run_id] = sent
         self._outbox.append(sent)
         if not self._flushing:
-            # What is submitted in one turn of the loop leaves together.
+            # What is submitted in one turn of the loop leaves together: the task begins with the next one.
             self._flushing = True
-            self._loop.call_soon(self._flush)
+            self._spawn(self._flush(), f"wove-{self.transport}-exchange")
 
     def _take_back(self, sent: _Sent) -> bool:
         """Forget a run that has not left yet."""
@@ -264,24 +264,26 @@ class NetworkExecutor(EnvironmentExecutor):
         except Exception as exc:
             logger.debug("the connection for cancellations to %s is not open: %s", self.where, exc)
 
-    def _flush(self) -> None:
+    async def _flush(self) -> None:
+        """Send what waits: the first batch in this task, the others in tasks of their own."""
         self._flushing = False
         now = self._loop.time()
         if now >= self._warm_until:
             self._warm_until = now + WARM_SECONDS
             self._spawn(self._warm(), "wove-warm")
         outbox, self._outbox = self._outbox, []
+        if not outbox:
+            return  # taken back
+        batch, outbox = _first_batch(outbox)
         while outbox:
-            count = size = 0
-            while count < min(len(outbox), MAX_BATCH) and (
-                not count or size + outbox[count].size < MAX_BATCH_BYTES
-            ):
-                size += outbox[count].size
-                count += 1
-            batch, outbox = outbox[:count], outbox[count:]
-            task = self._spawn(self._deliver(batch), f"wove-{self.transport}-exchange")
-            for sent in batch:
-                sent.exchange = task
+            other, outbox = _first_batch(outbox)
+            spawned = self._spawn(self._deliver(other), f"wove-{self.transport}-exchange")
+            for sent in other:
+                sent.exchange = spawned
+        task = asyncio.current_task()
+        for sent in batch:
+            sent.exchange = task
+        await self._deliver(batch)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = self._loop.create_task(work, name=name)
@@ -392,6 +394,15 @@ class NetworkExecutor(EnvironmentExecutor):
             return
         if all(run.abandoned for run in self._runs.values() if run.exchange is exchange):
             exchange.cancel()
+
+
+def _first_batch(outbox: list[_Sent]) -> tuple[list[_Sent], list[_Sent]]:
+    """Return the runs that leave in one request, and the others."""
+    count = size = 0
+    while count < min(len(outbox), MAX_BATCH) and (not count or size + outbox[count].size < MAX_BATCH_BYTES):
+        size += outbox[count].size
+        count += 1
+    return outbox[:count], outbox[count:]
 
 
 def _accept(batch: list[_Sent]) -> None:

@@ -97,7 +97,8 @@ class WorkerHandler(grpc.GenericRpcHandler):
     async def _send(
         self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> AsyncIterator[bytes | memoryview]:
-        await self.start()
+        if not self._started:
+            await self.start()
         verified = await self._verify(body, context, self.method)
         seal = Seal(verified.key, "answer")
         listener = self._continued(body) or Listener()
@@ -120,7 +121,8 @@ class WorkerHandler(grpc.GenericRpcHandler):
 
     async def _send_quick(self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         """Answer with what comes of short runs; of others the rest is asked for by a token."""
-        await self.start()
+        if not self._started:
+            await self.start()
         verified = await self._verify(body, context, self.method + QUICK_SUFFIX)
         if len(body) <= NOTE_BYTES and _only(body, HOLD) is not None:
             await self._hold()

@@ -123,8 +123,8 @@ class Child:
                 packets += [] if done is None else [Packet(done)]
             else:
                 packets += [Packet(raw) for raw in self._reader.feed(self._buffer[:count])]
-            if len(packets) >= _PACKETS:
-                break  # others have their turn
+            if len(packets) >= _PACKETS or (packets and count < _READ):
+                break  # others have their turn; or there was no more, and the loop says when there is
         self.more = True
         return packets
 
