@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from wove.callback_server.batches import OpenBatch
     from wove.callback_server.runs import OpenRun
     from wove.callback_server.tls import ListenerTls
     from wove.frames import Frame
@@ -48,6 +49,17 @@ class Lease:
             raise RuntimeError("the callback listener was released")
         self._sink = run.sink
         self._listener.open_run(run)
+
+    def open_batch(self, batch: OpenBatch, sink: Sink) -> None:
+        """Take events for a batch, whose members report to ``sink``, until they are closed."""
+        if self._listener is None:
+            raise RuntimeError("the callback listener was released")
+        self._sink = sink
+        self._listener.open_batch(batch)
+
+    def batch_of(self, run_id: str) -> OpenBatch | None:
+        """Return the batch in which an open run travels."""
+        return self._listener.runs.batch_of(run_id) if self._listener is not None else None
 
     def renew_run(self, run: OpenRun, attempt: int, message: list[Buffer] | None) -> None:
         """Begin another attempt of an open run; whoever is at an earlier one is told to stop."""

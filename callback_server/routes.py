@@ -18,13 +18,14 @@ import asyncio
 import json
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
 
 from wove import frames
+from wove.callback_server.batches import OpenBatch
 from wove.callback_server.beats import Beats
-from wove.callback_server.decoding import decode_batch, open_parked
+from wove.callback_server.decoding import BatchNews, decode_batch, decode_news, open_parked, open_parked_news
 from wove.callback_server.replies import ENDED, gone, reply, unauthorized
 from wove.errors import ProtocolError, cut, lost, normalize_exception
 from wove.security import (
@@ -37,6 +38,8 @@ from wove.security import (
 from wove.threads import in_thread
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from wove.callback_server.contacts import Contacts
     from wove.callback_server.guard import Guard
     from wove.callback_server.runs import Execution, OpenRun, OpenRuns
@@ -92,6 +95,8 @@ class Routes:
             batch = _verify_and_decode(request, run, key, tag, final, body)
         if self._runs.get(run.run_id) is not run:  # closed while the body came in
             raise self._gone(request)
+        if isinstance(batch, BatchNews):
+            return self._take_news(request, cast(OpenBatch, run), reply_key(key, tag), batch)
         return self._take(request, run, key, tag, batch)
 
     def _take(
@@ -137,6 +142,82 @@ class Routes:
             self._close_with(run, batch)
         return reply(204)
 
+    # --- events of a batch ------------------------------------------------------
+
+    def _take_news(
+        self, request: web.Request, batch: OpenBatch, sign: Callable[[bytes], str], news: BatchNews
+    ) -> web.Response:
+        last = news.frames[-1] if news.frames else None
+        if last is not None and last["type"] in frames.TERMINAL:
+            return self._end_batch(batch, last)
+        speaker = last or {"execution": news.execution, "worker": news.worker}
+        fence = last is not None and bool(last.get("fence"))
+        if fence and last is not None:
+            self._check_leave(batch, batch.executions.get(news.execution), last)
+        execution = batch.execution(news.execution, 1)
+        if execution is not None:
+            if fence:
+                execution.retry = _whole(speaker.get("retry"))
+            known = news.execution and request.keep_alive
+            self._contacts.heard(request.protocol if known else None, batch, execution)
+            if not execution.over:
+                batch.worker = batch.last_worker = news.worker or batch.worker
+            if last is not None and last["type"] == frames.TASK_RETRY:
+                execution.over = True
+                batch.worker = {}
+        self._hand_over(batch, news, quietly=fence)
+        return self._answer_news(batch, news, sign, fence=fence)
+
+    def _hand_over(self, batch: OpenBatch, news: BatchNews, *, quietly: bool) -> None:
+        """Pass on what a worker says of members; those it has ended are closed."""
+        if news.frames and not quietly:
+            batch.sink(f for f in news.frames if f["run_id"] == batch.run_id or f["run_id"] in batch.pending)
+        ended = [frame for frame in news.outcomes if self._runs.close_member(batch, frame["run_id"])]
+        for run_id in news.returned:
+            cancelled = (known := self._runs.known(run_id)) is not None and known.cancelled
+            if self._runs.close_member(batch, run_id):
+                # Nobody has begun it: a cancelled one never will be, another is to be submitted again.
+                kind = frames.TASK_CANCELLED if cancelled else frames.TASK_RETURNED
+                ended.append(frames.event(kind, run_id, batch.task_id, 1, 2**31))
+        if ended:
+            batch.sink(ended)
+        if news.timing is not None:
+            batch.on_timing(*news.timing)
+
+    def _answer_news(
+        self, batch: OpenBatch, news: BatchNews, sign: Callable[[bytes], str], *, fence: bool
+    ) -> web.Response:
+        if fence:
+            unwanted = self._refuse_members(batch)
+        else:
+            unwanted = batch.withdrawn[news.heard :]
+        if not unwanted:
+            return reply(204)
+        text = " ".join(map(str, (len(batch.withdrawn), *unwanted)))
+        return reply(200, {"Wove-Withdrawn": sign(text.encode())}, text=text)
+
+    def _refuse_members(self, batch: OpenBatch) -> list[int]:
+        """Return the places of members that may not be started; cancelled ones end here."""
+        over: list[Frame] = []
+        for place in tuple(batch.withdrawn):
+            run_id = batch.run_ids[place]
+            if self._runs.close_member(batch, run_id):
+                over.append(frames.event(frames.TASK_CANCELLED, run_id, batch.task_id, 1, 2**31))
+        if over:
+            batch.sink(over)
+        return [place for place, run_id in enumerate(batch.run_ids) if run_id not in batch.pending]
+
+    def _end_batch(self, batch: OpenBatch, last: Frame) -> web.Response:
+        if last["type"] == frames.TASK_ERROR and last["error"].get("source") == "backend":
+            if not batch.lost:
+                batch.lost = 1
+                batch.forsake()
+                batch.sink([last])
+        else:
+            batch.sink([last])
+            self._runs.close(batch.run_id)
+        return reply(204)
+
     def _check_leave(self, run: OpenRun, asking: Execution | None, frame: Frame) -> None:
         """A worker asks before it starts: may it?"""
         if frame["attempt"] < run.attempt:
@@ -180,6 +261,13 @@ class Routes:
         """
         run = self._runs.get(run_id)
         if run is None:
+            return
+        if isinstance(run, OpenBatch):
+            news = await in_thread(open_parked_news, run, blob)
+            if self._runs.get(run_id) is run:
+                self._hand_over(run, news, quietly=True)
+                if news.frames and news.frames[-1]["type"] in frames.TERMINAL:
+                    self._end_batch(run, news.frames[-1])
             return
         # Its size is a backend's, not a request's: the listener stays free meanwhile.
         batch = await in_thread(open_parked, run, blob)
@@ -271,17 +359,24 @@ def _given_tag(request: web.Request) -> bytes:
 
 def _verify_and_decode(
     request: web.Request, run: OpenRun, key: bytes, tag: bytes, final: bool, body: bytearray
-) -> list[Frame]:
+) -> list[Frame] | BatchNews:
     codec = request.content_type
     if not same(event_tag(key, run.run_id, codec, final, [body]), tag):
         raise unauthorized(request)
     try:
+        if isinstance(run, OpenBatch):
+            return decode_news(body, codec, run, final=final)
         return decode_batch(body, codec, run.run_id, final=final, plain=run.plain)
     except ProtocolError as exc:
         if not final:
             raise web.HTTPBadRequest(text=cut(str(exc), 500)) from None
         # An outcome that nobody can read is an outcome all the same: nothing else will come.
         return [run.event(frames.TASK_ERROR, error=normalize_exception(exc, source="worker"))]
+
+
+def reply_key(key: bytes, request_tag: bytes) -> Callable[[bytes], str]:
+    """Return what signs a reply to that request."""
+    return lambda body: reply_tag(key, request_tag, b"withdrawn " + body).hex()
 
 
 def _whole(value: object) -> int:

@@ -23,6 +23,7 @@ from wove.callback_server.runs import OpenRuns
 from wove.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from wove.callback_server.batches import OpenBatch
     from wove.callback_server.runs import OpenRun
     from wove.callback_server.tls import ListenerTls
 
@@ -131,6 +132,10 @@ class CallbackListener:
     def open_run(self, run: OpenRun) -> None:
         """Take events for ``run``."""
         self.runs.add(run)
+
+    def open_batch(self, batch: OpenBatch) -> None:
+        """Take events for a batch and its members."""
+        self.runs.add_batch(batch)
 
     def close_runs(self, run_ids: list[str], *, ended: bool = True) -> None:
         """Take no more events for these runs; ``ended`` tells whether they are over."""

@@ -14,14 +14,16 @@ from urllib.parse import urlsplit
 
 from wove.errors import ConfigurationError, EncodeError
 from wove.security import NONCE_SIZE, SecretRing, run_key, seal_payload, webhook_token
+from wove.tables import encode_small, pack_table
 from wove.wire import encode_callable, encode_value, pack_message
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from typing_extensions import Buffer
 
     from wove.frames import Frame
+    from wove.tables import Row
 
 #: Messages from this size, in bytes, do not pass through the broker: workers fetch them.
 FETCH_FROM = 256 * 1024
@@ -76,6 +78,26 @@ def build_payload(
     attachments: list[Buffer] = []
     delivery = frame.get("delivery") or {}
     nonce = nonce or secrets.token_bytes(NONCE_SIZE)
+    head = _head(frame, nonce, callback_url, max_body, expires, plain)
+    call = _encode_call(frame, attachments, plain)
+    # Work that may outlive its submitter has to have everything with it.
+    if delivery.get("keep") or sum(memoryview(part).nbytes for part in attachments) < FETCH_FROM:
+        message = pack_message({**head, **call}, attachments)
+        return BuiltPayload(seal_payload(ring, environment, message), nonce, None)
+    large = pack_message(call, attachments)
+    digest = hashlib.sha256()
+    for part in large:
+        digest.update(part)
+    size = sum(memoryview(part).nbytes for part in large)
+    message = pack_message({**head, "fetch": [size, digest.digest()]}, [])
+    return BuiltPayload(seal_payload(ring, environment, message), nonce, large)
+
+
+def _head(
+    frame: Frame, nonce: bytes, callback_url: str, max_body: int | None, expires: float | None, plain: bool
+) -> dict[str, Any]:
+    """Return what a payload says of its run beside the call itself."""
+    delivery = frame.get("delivery") or {}
     head = {
         "v": VERSION,
         "run_id": frame["run_id"],
@@ -96,18 +118,57 @@ def build_payload(
     if delivery.get("key") is not None:
         # By which backends that can do so let runs of other processes share the job.
         head["key"] = delivery["key"]
-    call = _encode_call(frame, attachments, plain)
-    # Work that may outlive its submitter has to have everything with it.
-    if delivery.get("keep") or sum(memoryview(part).nbytes for part in attachments) < FETCH_FROM:
-        message = pack_message({**head, **call}, attachments)
-        return BuiltPayload(seal_payload(ring, environment, message), nonce, None)
-    large = pack_message(call, attachments)
-    digest = hashlib.sha256()
-    for part in large:
-        digest.update(part)
-    size = sum(memoryview(part).nbytes for part in large)
-    message = pack_message({**head, "fetch": [size, digest.digest()]}, [])
-    return BuiltPayload(seal_payload(ring, environment, message), nonce, large)
+    return head
+
+
+def encode_row(frame: Frame, *, plain: bool) -> Row | None:
+    """Encode the arguments of a run that may travel with others.
+
+    Returns:
+        Its row in the table of a batch; None for a run that has to travel alone: its arguments are
+        large, or cannot be sent, or are no plain data where that is asked for.
+    """
+    found = encode_small([list(frame.get("positional", ())), frame["args"]])
+    if found is None or (plain and found[0] == "pickle"):
+        return None
+    return frame["run_id"], *found
+
+
+def build_batch(
+    frame: Frame,
+    rows: Sequence[Row],
+    *,
+    environment: str,
+    ring: SecretRing,
+    callback_url: str,
+    max_body: int | None = None,
+    expires: float | None = None,
+    plain: bool = False,
+) -> BuiltPayload:
+    """Sign several runs of one callable together.
+
+    Args:
+        frame: stands for all of them: its ``run_id`` is the batch's, its ``callable`` and ``delivery`` are theirs.
+        rows: one for each, of :func:`encode_row`.
+        environment, ring, callback_url, max_body, expires, plain: as for :func:`build_payload`.
+
+    Raises:
+        EncodeError: the callable cannot be sent, or is too large to travel with the calls.
+    """
+    attachments: list[Buffer] = [pack_table(rows)]
+    nonce = secrets.token_bytes(NONCE_SIZE)
+    head = _head(frame, nonce, callback_url, max_body, expires, plain)
+    described: Any
+    if plain:
+        from wove.no_pickle import plain_reference
+
+        described = plain_reference(frame["callable"], 'executor_config["pickle"] is False')
+    else:
+        described = encode_callable(frame["callable"], attachments)
+    if sum(memoryview(part).nbytes for part in attachments) >= FETCH_FROM:
+        raise EncodeError("a batch that does not fit into one message")
+    message = pack_message({**head, "batch": len(rows), "callable": described}, attachments)
+    return BuiltPayload(seal_payload(ring, environment, message), nonce, None)
 
 
 def _encode_call(frame: Frame, attachments: list[Buffer], plain: bool) -> dict[str, Any]:
@@ -154,6 +215,8 @@ def summarize_call(frame: Frame) -> str:
 
     Values may be secrets, and may be large.
     """
+    if "runs" in frame:
+        return f"[{frame['runs']} runs]"
     parts = [f"<{type(value).__name__}>" for value in frame.get("positional", ())]
     parts += [f"{name}=<{type(value).__name__}>" for name, value in frame["args"].items()]
     return f"({', '.join(parts)})"[:300]

@@ -34,6 +34,8 @@ HEARTBEAT = "heartbeat"
 PROGRESS = "progress"
 LOG = "log"
 TASK_RETRY = "task_retry"
+#: Within the executor: a worker has not begun the run, and gives it back to be submitted again.
+TASK_RETURNED = "task_returned"
 TASK_RESULT = "task_result"
 TASK_ERROR = "task_error"
 TASK_CANCELLED = "task_cancelled"

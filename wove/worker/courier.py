@@ -147,14 +147,15 @@ class Courier:
             return self._wake_at
 
     def _attend(self, session: Session, now: float, news: bool) -> float:
+        own = session.attend(now)
         report_at, beat_at = session.begun + REPORT_AFTER, _beat_at(session)
         if now < report_at:
-            return report_at
+            return min(own, report_at)
         if session.has_news and (news or not session.started):
             session.report()
             if session.has_news:  # more than one report holds
                 self._news()
-        return beat_at if now < beat_at else float("inf")
+        return min(own, beat_at) if now < beat_at else own
 
     def _sleep(self, selector: selectors.BaseSelector, beats: _Beats, pause: float) -> None:
         for held in beats.decrypted():
@@ -220,10 +221,9 @@ class _Beats:
             session.beats += 1
             task = session.assignment
             tag = beat_tag(task.key, task.run_id, session.execution, task.attempt, session.beats)
-            # A task that takes its time to stop has been told already.
-            word = "stopping" if session.context.cancelled else "run"
             lines.append(
-                f"{word} {task.run_id} {session.execution} {task.attempt} {session.beats} {task.kid} {tag.hex()}"
+                f"{session.beat_word} {task.run_id} {session.execution} {task.attempt} {session.beats} {task.kid} "
+                f"{tag.hex()}{session.beat_rest}"
             )
         body = "\n".join(lines).encode()
         connection, self._spare = self._spare or connect(self._origin, timeout=5.0), None
@@ -307,14 +307,20 @@ class _Held:
     def take(self, body: bytes | bytearray) -> None:
         for line in body.decode("ascii", "replace").splitlines():
             word, _, rest = line.partition(" ")
-            execution, _, given = rest.partition(" ")
-            if word != "cancel" or execution not in self._counts:
+            execution, _, rest = rest.partition(" ")
+            given, _, text = rest.partition(" ")
+            if word not in ("cancel", "withdrawn") or execution not in self._counts:
                 continue
             session, count = self._counts[execution]
             task = session.assignment
-            expected = cancel_tag(task.key, task.run_id, execution, count)
-            if same(expected.hex().encode(), given.encode()):
+            signed = execution if word == "cancel" else f"{execution} {text}"
+            expected = cancel_tag(task.key, task.run_id, signed, count)
+            if not same(expected.hex().encode(), given.encode()):
+                continue
+            if word == "cancel":
                 session.cancel()
+            else:
+                session.withdraw(text)
 
 
 _couriers: dict[str, Courier] = {}

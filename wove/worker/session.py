@@ -52,7 +52,7 @@ ENVELOPE_ALLOWANCE = 64 * 1024
 #: Progress and log frames that wait at most; then the oldest are dropped.
 MAX_PENDING = 1_000
 
-_CONTENT_TYPE = "application/msgpack"
+CONTENT_TYPE = "application/msgpack"
 
 
 class Session:
@@ -151,14 +151,20 @@ class Session:
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Queue a progress or log frame; a courier thread sends it soon."""
+        self._queue(lambda: self._frame(kind, **fields))
+
+    def _queue(self, make: Callable[[], frames.Frame]) -> None:
         with self._lock:
             if self._finished:
                 return
             if len(self._pending) >= MAX_PENDING:
                 del self._pending[0]
-            self._pending.append(self._frame(kind, **fields))
+            self._pending.append(make())
         if self.notify is not None:
             self.notify()
+
+    def withdraw(self, text: str) -> None:
+        """Take in which runs of a batch are not wanted any more; this is none."""
 
     def cancel(self) -> None:
         """The caller no longer wants the result."""
@@ -177,6 +183,20 @@ class Session:
     def has_news(self) -> bool:
         """Whether frames wait to be sent (the first of all says that the task has started)."""
         return (bool(self._pending) or not self._started) and time.monotonic() >= self._report_again
+
+    @property
+    def beat_word(self) -> str:
+        """How the line of a beat begins; a task that takes its time to stop has been told already."""
+        return "stopping" if self.context.cancelled else "run"
+
+    @property
+    def beat_rest(self) -> str:
+        """How the line of a beat ends."""
+        return ""
+
+    def attend(self, now: float) -> float:
+        """Do what is due beside reports and beats, in the courier's thread; return when something else will be."""
+        return float("inf")
 
     def report(self) -> bool:
         """Send frames that wait, as many as one request holds.
@@ -347,7 +367,7 @@ class Session:
             )
             body = self._body([self._frame(frames.TASK_ERROR, error=error)], [])
         task = self.assignment
-        return park(task.kid, event_tag(task.key, task.run_id, _CONTENT_TYPE, True, body), body)
+        return park(task.kid, event_tag(task.key, task.run_id, CONTENT_TYPE, True, body), body)
 
     # --- on the wire ----------------------------------------------------------
 
@@ -363,20 +383,26 @@ class Session:
     def _post(
         self, batch: list[frames.Frame], attachments: Sequence[Buffer], *, final: bool, timeout: float = 10.0
     ) -> Reply:
-        body = self._body(batch, attachments)
+        return self._send(self._body(batch, attachments), final=final, timeout=timeout)
+
+    def _send(self, body: list[Buffer], *, final: bool, timeout: float = 10.0) -> Reply:
         task = self.assignment
-        tag = event_tag(task.key, task.run_id, _CONTENT_TYPE, final, body)
+        tag = event_tag(task.key, task.run_id, CONTENT_TYPE, final, body)
         headers = {
-            "Content-Type": _CONTENT_TYPE,
+            "Content-Type": CONTENT_TYPE,
             "Wove-Key": task.kid,
             "Wove-Signature": tag.hex(),
             "Wove-Final": "1" if final else "0",
         }
         reply = request(task.origin, "POST", self._path, headers, body, timeout=timeout)
-        cancel = reply.headers.get("wove-cancel")
-        if cancel is not None and _signed(cancel, reply_tag(task.key, tag, b"cancel")):
-            self.cancel()
+        self._heed(reply, tag)
         return reply
+
+    def _heed(self, reply: Reply, tag: bytes) -> None:
+        """Take in what a reply says beside its status."""
+        cancel = reply.headers.get("wove-cancel")
+        if cancel is not None and _signed(cancel, reply_tag(self.assignment.key, tag, b"cancel")):
+            self.cancel()
 
 
 def encode_result(result: Any, attachments: list[Buffer], *, plain: bool) -> list[Any]:
