@@ -90,17 +90,19 @@ class BackendAdapter(ABC):
         Args:
             payload: signed bytes, to be given unchanged to ``wove.worker.run`` there.
             frame: the ``run_task`` frame: ``run_id``, ``task_id``, ``delivery`` (its ``attempt``
-                counts resubmissions, its ``key`` is the idempotency key) and, for a backend that
-                can call a URL when a job fails, ``failure_webhook`` (``url``, ``token``).
+                counts deliveries that came to nothing, its ``key`` is the idempotency key, and it is
+                ``repeated`` where the backend may have this very attempt already) and, for a backend
+                that can call a URL when a job fails, ``failure_webhook`` (``url``, ``token``).
 
         Returns:
             Whatever :meth:`cancel` needs to find the job again.
 
         Raises:
-            Exception: the backend did not accept the payload. Not idempotent: Wove calls
-                it once per attempt. Use :func:`wove.backend.job_id` as the job's id, which
-                is the run's id for the first attempt, so that a repeated submission is recognised.
-            SubmitError: as well; then ``delivery_retries`` may submit the run again.
+            Exception: the backend did not accept the payload.
+            SubmitError: as well; then ``delivery_retries`` may submit the run again: as another attempt, or,
+                where it was ``maybe_accepted``, as the same one. Use :func:`wove.backend.job_id` as the job's
+                id, so that a backend which can tell does not take it twice; where it does, the second
+                execution is not begun while there is a first.
         """
 
     async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:

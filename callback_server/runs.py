@@ -84,7 +84,7 @@ class OpenRun:
     """
 
     __slots__ = (
-        "_keys", "asked_at", "asks", "attempt", "cancelled", "cancelled_at", "closed", "environment", "executions", "heartbeat", "job", "lost", "max_body", "message", "nonce", "obituary",
+        "_keys", "asked_at", "asks", "attempt", "cancelled", "cancelled_at", "closed", "doubtful", "environment", "executions", "heartbeat", "job", "lost", "max_body", "message", "nonce", "obituary",
         "on_suspect", "opened_at", "plain", "ring", "run_id", "sink", "task_id", "watchers", "worker",
     )  # fmt: skip
 
@@ -126,6 +126,8 @@ class OpenRun:
         self.obituary: dict[str, Any] | None = None
         #: The attempt whose worker was reported dead; that is said once.
         self.lost = 0
+        #: Whether its backend has it is not known.
+        self.doubtful = False
         #: No events are taken for it any more.
         self.closed = False
         #: When the attempt was opened, in monotonic seconds.

@@ -114,6 +114,8 @@ def _head(
         "max_body": max_body,
         "expires": expires,
         "plain": plain,
+        # There may be a copy of it: however young it is, its worker asks before it starts.
+        "ask": is_repeated(frame),
     }
     if delivery.get("key") is not None:
         # By which backends that can do so let runs of other processes share the job.
@@ -230,6 +232,11 @@ def job_id(frame: Frame) -> str:
     """
     attempt = (frame.get("delivery") or {}).get("attempt", 1)
     return str(frame["run_id"]) if attempt == 1 else f"{frame['run_id']}-{attempt}"
+
+
+def is_repeated(frame: Frame) -> bool:
+    """Tell whether this very attempt was submitted before, and the backend may have it."""
+    return bool((frame.get("delivery") or {}).get("repeated"))
 
 
 def shared_name(environment: str, queue: str, key: str) -> str:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
     from wove.delivery import Run
     from wove.frames import Frame
-    from wove.policy import DeliveryPolicy
 
 
 def run_frame(
@@ -28,7 +27,7 @@ def run_frame(
         "task_id": run.task_id,
         "callable": func,
         "args": dict(keywords),
-        "delivery": _delivery(run.policy, run.attempt),
+        "delivery": _delivery(run),
     }
     if positional:
         frame["positional"] = tuple(positional)
@@ -37,11 +36,20 @@ def run_frame(
     return frame
 
 
-def again_frame(frame: Frame, policy: DeliveryPolicy, attempt: int, *, attended: bool = True) -> Frame:
-    """Return the frame of another attempt; ``attended`` tells whether anybody waits for it."""
-    delivery = _delivery(policy, attempt)
-    if not attended:
-        delivery["attended"] = False
+def again_frame(frame: Frame, run: Run) -> Frame:
+    """Return the frame by which a run is submitted again: of another attempt, or of the same once more."""
+    delivery = _delivery(run)
+    if run.attempt == frame["delivery"]["attempt"]:
+        delivery["repeated"] = True
+    return _in_place_of(frame, delivery)
+
+
+def orphan_frame(frame: Frame, run: Run) -> Frame:
+    """Return the frame of another attempt that nobody waits for."""
+    return _in_place_of(frame, {**_delivery(run), "attempt": run.attempt + 1, "attended": False})
+
+
+def _in_place_of(frame: Frame, delivery: dict[str, Any]) -> Frame:
     if "key" in frame["delivery"]:
         delivery["key"] = frame["delivery"]["key"]
     return {**frame, "delivery": delivery}
@@ -53,15 +61,16 @@ def cancel_frame(run: Run) -> Frame:
         "type": frames.CANCEL_TASK,
         "run_id": run.run_id,
         "task_id": run.task_id,
-        "delivery": _delivery(run.policy, run.attempt),
+        "delivery": _delivery(run),
     }
 
 
-def _delivery(policy: DeliveryPolicy, attempt: int) -> dict[str, Any]:
+def _delivery(run: Run) -> dict[str, Any]:
+    policy = run.policy
     return {
-        "attempt": attempt,
+        "attempt": run.attempt,
         # Whether a failed delivery of this attempt is followed by another one.
-        "again": attempt <= policy.retries,
+        "again": run.repeats < policy.retries,
         "timeout": policy.timeout,
         "start_timeout": policy.start_timeout,
         # Work that is to run on when its submitter has gone.

@@ -60,6 +60,10 @@ class Run:
     opened_at: float
     state: RunState = RunState.QUEUED
     attempt: int = 1
+    #: How often it was submitted again: each new attempt is one, and each time that the backend's answer was lost.
+    repeats: int = 0
+    #: Whether the backend may have the current attempt, and may not: it is to be submitted once more.
+    doubtful: bool = False
     #: When the current attempt was decided on.
     attempt_at: float = 0.0
     submitted_at: float | None = None
@@ -154,23 +158,29 @@ class RunTable:
             return
         if run.attempt == attempt and run.submitted_at is None:
             run.submitted_at = self._clock()
+            run.doubtful = False
             if run.state is RunState.QUEUED:
                 run.state = RunState.SUBMITTED
 
     def resubmit(self, run_id: str) -> Run | None:
-        """A lost run is submitted again now: its next attempt begins.
+        """A lost run is submitted again now: its next attempt begins; of a doubtful one the same again.
 
         Returns:
-            The run; None when it has ended, or is being cancelled.
+            The run; None when it has ended, is being cancelled, or has been heard of.
         """
         run = self._open.get(run_id)
-        if run is None or run.state is not RunState.LOST:
+        if run is None:
             return None
-        run.state = RunState.QUEUED
-        run.submitted_at = None
-        run.attempt += 1
-        run.attempt_at = self._clock()
-        self._watch(run)
+        if run.state is RunState.LOST:
+            run.state = RunState.QUEUED
+            run.submitted_at = None
+            run.attempt += 1
+            run.attempt_at = self._clock()
+            self._watch(run)
+        elif not run.doubtful or run.state is not RunState.QUEUED:
+            return None
+        run.doubtful = False
+        run.repeats += 1
         return run
 
     def fail(self, run_id: str, exception: BaseException, *, cancel_work: bool = False) -> Outcome | None:
@@ -178,20 +188,32 @@ class RunTable:
         return self._close(run_id, "error", exception=exception, cancel_work=cancel_work)
 
     def refuse(
-        self, run_id: str, exception: BaseException, attempt: int = 1, *, final: bool = False
+        self,
+        run_id: str,
+        exception: BaseException,
+        attempt: int = 1,
+        *,
+        final: bool = False,
+        doubtful: bool = False,
     ) -> Outcome | Resubmission | None:
         """The backend did not accept that attempt of the run.
 
         It may be submitted again, unless that is ``final``: what cannot be sent will not be
         sent the next time. A worker's word counts for more than a lost answer of the backend:
-        a run that has started was accepted.
+        a run that has started was accepted. Where it is ``doubtful`` whether the backend has it,
+        the same attempt is to be submitted once more: a worker may be about to take the first.
         """
         run = self._open.get(run_id)
         if run is None or run.attempt != attempt or run.state is RunState.LOST or run.started_at is not None:
             return None
         if final:
             return self._close(run_id, "error", exception=exception)
-        return self._lose(run, safe_text(exception, 500), lambda: exception, cancel_work=False)
+        reason = safe_text(exception, 500)
+        if doubtful and self._may_repeat(run):
+            self._remember(run, reason)
+            run.doubtful = True
+            return Resubmission(run, reason)
+        return self._lose(run, reason, lambda: exception, cancel_work=False)
 
     def cancel(self, run_id: str) -> Outcome | None:
         """The waiter has gone.
@@ -323,7 +345,7 @@ class RunTable:
     ) -> Outcome | Resubmission | None:
         """The current attempt came to nothing: try again, or end the run."""
         self._remember(run, reason)
-        if run.attempt > run.policy.retries or run.state is RunState.CANCELLING:
+        if not self._may_repeat(run):
             exception = error()
             add_history(exception, run)
             return self._close(run.run_id, "error", exception=exception, cancel_work=cancel_work)
@@ -331,6 +353,9 @@ class RunTable:
         run.submitted_at = run.started_at = run.last_seen = None
         run.worker = {}
         return Resubmission(run, reason)
+
+    def _may_repeat(self, run: Run) -> bool:
+        return run.repeats < run.policy.retries and run.state is not RunState.CANCELLING
 
     def _remember(self, run: Run, reason: str) -> None:
         since = run.started_at if run.started_at is not None else run.attempt_at

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from wove import frames
 from wove.alarm import Alarm
-from wove.commands import again_frame, cancel_frame, run_frame
+from wove.commands import again_frame, cancel_frame, orphan_frame, run_frame
 from wove.delivery import WHY_SILENT, Outcome, Resubmission, RunState, RunTable
 from wove.errors import (
     ConfigurationError,
@@ -193,7 +193,7 @@ class Dispatcher:
         """Put started work back on the queue; nobody waits for it."""
         await self._send_cancel(run)
         try:
-            await self.executor.send(again_frame(frame, run.policy, run.attempt + 1, attended=False))
+            await self.executor.send(orphan_frame(frame, run))
         except Exception:
             logger.warning("environment %r: requeueing run %s failed", self.name, run.run_id, exc_info=True)
 
@@ -327,7 +327,8 @@ class Dispatcher:
             self._follow(self.table.refuse(run.run_id, error, attempt, final=True))
         except Exception as exc:
             final = not isinstance(exc, SubmitError)
-            self._follow(self.table.refuse(run.run_id, exc, attempt, final=final))
+            doubtful = self.executor.recognises_repeats and getattr(exc, "maybe_accepted", False)
+            self._follow(self.table.refuse(run.run_id, exc, attempt, final=final, doubtful=doubtful))
         else:
             self.table.submitted(run.run_id, attempt)
             if self._silence is None:
@@ -455,10 +456,11 @@ class Dispatcher:
         if waiter is None or waiter.frame is None:
             return  # its caller is gone
         logger.warning(
-            "environment %r: attempt %d of run %s (%s) was lost and is submitted again: %s",
-            self.name, run.attempt, run.run_id, run.task_id, again.reason,
+            "environment %r: attempt %d of run %s (%s) %s and is submitted again: %s",
+            self.name, run.attempt, run.run_id, run.task_id,
+            "may not have been accepted" if run.doubtful else "was lost", again.reason,
         )  # fmt: skip
-        pause = min(AGAIN_AT_MOST, AGAIN_AFTER * 2**run.attempt) * random.uniform(0.5, 1.0)  # noqa: S311
+        pause = min(AGAIN_AT_MOST, AGAIN_AFTER * 2 ** (run.repeats + 1)) * random.uniform(0.5, 1.0)  # noqa: S311
         waiter.sending = self._spawn(self._submit_again(run, waiter.frame, pause), "wove-resubmit")
         self._alarm.set()
 
@@ -467,7 +469,7 @@ class Dispatcher:
         if self.table.resubmit(run.run_id) is None:
             return
         self._alarm.set()
-        await self._submit(run, again_frame(frame, run.policy, run.attempt))
+        await self._submit(run, again_frame(frame, run))
 
     def _expire(self) -> None:
         for step in self.table.expire():

@@ -74,6 +74,8 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
     """
 
     default_heartbeat_seconds = 15.0
+    #: Adapters do by the job's id, and workers ask before they start.
+    recognises_repeats = True
 
     def __init__(
         self,
@@ -249,7 +251,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             refused = isinstance(result, BaseException)
             if refused and known is not None and _has_it(known, waiting.frame, result):
                 # Only the backend's answer was lost: a worker has it.
-                refused, result = False, None
+                refused, result = False, result.submission
             # A run that is submitted again keeps its place, and what is said of this attempt is known.
             again = waiting.frame["delivery"].get("again") and isinstance(result, SubmitError)
             if refused and self._lease is not None and not again:
@@ -257,7 +259,10 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             if waiting.accepted.cancelled():
                 self._settle_cancelled(waiting.frame, result)
             elif refused:
-                self._open.pop(run_id, None)
+                if again and result.maybe_accepted and known is not None:
+                    self._doubt(known, result.submission)
+                else:
+                    self._open.pop(run_id, None)
                 waiting.accepted.set_exception(result)
             else:
                 if run_id in self._open:  # its outcome may have been faster
@@ -265,9 +270,20 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
                 if known is not None:
                     known.job = result if isinstance(result, str) else known.job
                     known.opened_at = time.monotonic()
+                    known.doubtful = False
                     if self._watch is not None:
                         self._watch.opened(known)
                 waiting.accepted.set_result(None)
+
+    def _doubt(self, run: OpenRun, submission: Any) -> None:
+        """The backend may have a run; it will be submitted once more, unless a worker speaks of it before."""
+        run.doubtful = True
+        if run.run_id in self._open:
+            self._open[run.run_id] = submission
+        if isinstance(submission, str):
+            run.job = submission
+        if self._watch is not None:
+            self._watch.opened(run)
 
     def _settle_cancelled(self, frame: Frame, result: Any) -> None:
         """Settle a run that was cancelled while it was being submitted."""
@@ -358,7 +374,10 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             raise SubmitError("the run has ended meanwhile")
         # Before it is submitted: a fast worker may report before the broker has answered us.
         if known is not None:
-            lease.renew_run(known, attempt, built.message)
+            if known.attempt != attempt:
+                lease.renew_run(known, attempt, built.message)
+            elif not known.cancelled:
+                known.message = built.message
         else:
             known = OpenRun(
                 run_id=frame["run_id"],
@@ -475,7 +494,7 @@ def _has_it(run: OpenRun, frame: Frame, refusal: Any) -> bool:
 def _copy(exc: Exception) -> Exception:
     """Return an exception for one of several runs: each gets its own notes and traceback."""
     if isinstance(exc, SubmitError):
-        copy = SubmitError(str(exc), maybe_accepted=exc.maybe_accepted)
+        copy = SubmitError(str(exc), maybe_accepted=exc.maybe_accepted, submission=exc.submission)
     else:
         copy = SubmitError(f"submitting failed: {type(exc).__name__}: {exc}")
     copy.__cause__ = exc.__cause__ if isinstance(exc, SubmitError) else exc

@@ -27,6 +27,9 @@ class EnvironmentExecutor(ABC):
     #: Silence allowed once a run has started, in seconds, unless the user sets
     #: ``delivery_heartbeat_seconds``. None: this executor's workers send no heartbeats.
     default_heartbeat_seconds: float | None = None
+    #: Whether a ``run_task`` may be sent a second time, with ``delivery["repeated"]``, after it failed with a
+    #: :class:`SubmitError` that may have been accepted. Where not, it is sent as another attempt.
+    recognises_repeats: bool = False
 
     @abstractmethod
     async def start(

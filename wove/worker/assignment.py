@@ -70,6 +70,7 @@ class Assignment:
             self.plain = envelope.get("plain") is True or self._admission.functions is not None
             self.keep = envelope.get("keep") is True
             self.attended = envelope.get("attended", True) is not False
+            self.ask = envelope.get("ask") is True
             #: The idempotency key, by which runs of other processes may share this one's job.
             self.shared_by: str | None = _optional(envelope.get("key"), str)
             #: How many runs travel together; None for a single one, whose ids are then those of the batch.

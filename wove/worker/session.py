@@ -110,7 +110,7 @@ class Session:
         # How often the backend itself has run the payload before, where it counts that.
         self._retry = redelivered if type(redelivered) is int else 0
         offset = clock_offsets.get(self.assignment.origin)
-        if not redelivered and offset is not None:
+        if not (redelivered or self.assignment.ask) and offset is not None:
             age = time.time() + offset - self.assignment.sent_at
             if abs(age) < FRESH:
                 return True
