@@ -124,4 +124,4 @@ class Member(OpenRun):
 
 
 def _is_loss(frame: Frame) -> bool:
-    return frame["type"] == frames.TASK_ERROR and frame["error"].get("source") == "backend"
+    return bool(frame["type"] == frames.TASK_ERROR and frame["error"].get("source") == "backend")

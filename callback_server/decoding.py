@@ -16,8 +16,8 @@ from wove.wire import decode_value, unpack_json, unpack_message, unpark
 if TYPE_CHECKING:
     from wove.callback_server.batches import OpenBatch
     from wove.callback_server.runs import OpenRun
-    from wove.tables import Row
     from wove.frames import Frame
+    from wove.tables import Row
 
 JSON = "application/json"
 MSGPACK = "application/msgpack"

@@ -152,7 +152,12 @@ def build_batch(
     Args:
         frame: stands for all of them: its ``run_id`` is the batch's, its ``callable`` and ``delivery`` are theirs.
         rows: one for each, of :func:`encode_row`.
-        environment, ring, callback_url, max_body, expires, plain: as for :func:`build_payload`.
+        environment: the environment's name.
+        ring: its primary secret signs.
+        callback_url: where workers report to.
+        max_body: the largest request with outcomes, in bytes, that will be taken there.
+        expires: seconds after which no worker takes them any more; None for never.
+        plain: send the callable by name, and ask the worker for plain data.
 
     Raises:
         EncodeError: the callable cannot be sent, or is too large to travel with the calls.

@@ -7,12 +7,13 @@ import logging
 import random
 import secrets
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from wove import frames
 from wove.alarm import Alarm
-from wove.commands import again_frame, cancel_frame, orphan_frame, run_frame
+from wove.commands import again_frame, cancel_frame, delivery, orphan_frame, run_frame
 from wove.delivery import WHY_SILENT, Outcome, Resubmission, RunState, RunTable
 from wove.errors import (
     ConfigurationError,
@@ -52,6 +53,8 @@ EVENTS_PER_TURN = 200
 #: Seconds before a run is submitted again: grows with each attempt up to the second.
 AGAIN_AFTER = 0.1
 AGAIN_AT_MOST = 10.0
+#: Different delivery settings that are remembered.
+MAX_DELIVERIES = 256
 #: Which dispatcher an executor serves, by its id: one executor cannot serve two.
 _serving: WeakValueDictionary[int, Dispatcher] = WeakValueDictionary()
 
@@ -90,11 +93,26 @@ class Dispatcher:
         self._stop_task: asyncio.Task[None] | None = None
         self._taken = 0
         self._silence: asyncio.TimerHandle | None = None
+        self._deliveries: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._last_policy: tuple[DeliveryPolicy | None, bool, dict[str, Any]] = (None, False, {})
 
     @property
     def policy(self) -> DeliveryPolicy:
         """The delivery settings of a run that sets none of its own."""
         return self._policy
+
+    def policy_for(self, settings: Mapping[str, Any] | None) -> DeliveryPolicy:
+        """Return the delivery settings of a run.
+
+        Raises:
+            ConfigurationError: a setting that an environment's definition alone can have.
+        """
+        policy = self._resolve(settings) if settings else self._policy
+        if policy.max_in_flight != self._policy.max_in_flight:
+            raise ConfigurationError(
+                "delivery_max_in_flight belongs to an environment's definition: it bounds all its runs together"
+            )
+        return policy
 
     def _resolve(self, overrides: Mapping[str, Any] | None) -> DeliveryPolicy:
         policy = DeliveryPolicy.resolve(
@@ -238,11 +256,7 @@ class Dispatcher:
             DeliveryTimeoutError: a delivery deadline passed.
             EncodeError: an argument cannot be sent; nothing was submitted.
         """
-        policy = self._resolve(settings) if settings else self._policy
-        if policy.max_in_flight != self._policy.max_in_flight:
-            raise ConfigurationError(
-                "delivery_max_in_flight belongs to an environment's definition: it bounds all its runs together"
-            )
+        policy = self.policy_for(settings)
         if not callable(func):
             raise TypeError(f"run() takes a callable, not {type(func).__name__}")
         if task_id is not None and (not isinstance(task_id, str) or len(task_id) > MAX_TASK_ID):
@@ -282,15 +296,7 @@ class Dispatcher:
             raise WoveError(
                 f"environment {self.name!r} was started in another event loop: start the runtime in the loop that uses it"
             )
-        run = self.table.open(secrets.token_hex(16), task_id or callable_name(func), policy)
-        frame = run_frame(run, func, positional, keywords, key)
-        waiter = Waiter(self._loop.create_future(), on_progress)
-        if policy.sends_again:
-            waiter.frame = frame
-        self._waiters[run.run_id] = waiter
-        self._alarm.set()
-        # A task of its own: deadlines hold while `send` hangs.
-        waiter.sending = self._spawn(self._submit(run, frame), "wove-submit")
+        run, waiter = self._begin(func, positional, keywords, task_id, policy, on_progress, key)
         try:
             return await waiter.future
         except asyncio.CancelledError as exc:
@@ -300,6 +306,84 @@ class Dispatcher:
             raise
         finally:
             self._waiters.pop(run.run_id, None)
+
+    def begins(self, policy: DeliveryPolicy) -> bool:
+        """Tell whether :meth:`begin` can be used for calls with those settings."""
+        return (
+            self.executor.post is not None
+            and self._slots is None
+            and policy.idempotency_key is None
+            and policy.cancel_mode == "best_effort"
+            and not policy.keeps_work
+        )
+
+    def begin(
+        self,
+        func: Callable[..., Any],
+        item: Any,
+        policy: DeliveryPolicy,
+        on_progress: OnProgress | None,
+    ) -> asyncio.Future[Any]:
+        """Begin one of many calls of ``func``: what :meth:`call` does, without a task of its own.
+
+        Returns:
+            What gets the result; cancelling it cancels the run.
+        """
+        try:
+            self._check_usable()
+            run, waiter = self._begin(func, (item,), {}, None, policy, on_progress, None, mapped=True)
+        except Exception as exc:
+            future: asyncio.Future[Any] = self._loop.create_future()
+            future.set_exception(exc)
+            return future
+        waiter.future.add_done_callback(partial(self._begun_ended, run))
+        return waiter.future
+
+    def _begun_ended(self, run: Run, future: asyncio.Future[Any]) -> None:
+        if future.cancelled():
+            self._follow(self.table.cancel(run.run_id))
+        self._waiters.pop(run.run_id, None)
+
+    def _begin(
+        self,
+        func: Callable[..., Any],
+        positional: Sequence[Any],
+        keywords: Mapping[str, Any],
+        task_id: str | None,
+        policy: DeliveryPolicy,
+        on_progress: OnProgress | None,
+        key: str | None,
+        *,
+        mapped: bool = False,
+    ) -> tuple[Run, Waiter]:
+        run = self.table.open(secrets.token_hex(16), task_id or callable_name(func), policy)
+        frame = run_frame(run, func, positional, keywords, key, self._delivery(policy, mapped=mapped))
+        waiter = Waiter(self._loop.create_future(), on_progress)
+        if policy.sends_again:
+            waiter.frame = frame
+        self._waiters[run.run_id] = waiter
+        self._alarm.set()
+        if self.executor.post is None or policy.keeps_work:
+            # A task of its own: deadlines hold while `send` hangs.
+            waiter.sending = self._spawn(self._submit(run, frame), "wove-submit")
+            return run, waiter
+        try:
+            self.executor.post(frame, partial(self._accepted, run, run.attempt))
+        except Exception as exc:
+            self._accepted(run, run.attempt, exc)
+        return run, waiter
+
+    def _delivery(self, policy: DeliveryPolicy, *, mapped: bool) -> dict[str, Any]:
+        """Return what a first attempt's frame says of its delivery: one mapping for all that are alike."""
+        if policy is self._last_policy[0] and mapped is self._last_policy[1]:
+            return self._last_policy[2]
+        said = delivery(policy, 1, mapped=mapped)
+        alike = tuple(said.values())
+        said = self._deliveries.setdefault(alike, said)
+        if len(self._deliveries) > MAX_DELIVERIES:
+            self._deliveries.clear()
+        self._last_policy = (policy, mapped, said)
+        return said
 
     def _check_usable(self) -> None:
         if self._stopping:
@@ -326,13 +410,20 @@ class Dispatcher:
             error.__cause__ = exc
             self._follow(self.table.refuse(run.run_id, error, attempt, final=True))
         except Exception as exc:
-            final = not isinstance(exc, SubmitError)
-            doubtful = self.executor.recognises_repeats and getattr(exc, "maybe_accepted", False)
-            self._follow(self.table.refuse(run.run_id, exc, attempt, final=final, doubtful=doubtful))
+            self._accepted(run, attempt, exc)
         else:
+            self._accepted(run, attempt, None)
+
+    def _accepted(self, run: Run, attempt: int, refusal: BaseException | None) -> None:
+        """The executor has taken that attempt of a run, or refused it."""
+        if refusal is None:
             self.table.submitted(run.run_id, attempt)
             if self._silence is None:
                 self._silence = self._loop.call_later(SILENCE_SECONDS, self._warn_of_silence)
+            return
+        final = not isinstance(refusal, SubmitError)
+        doubtful = self.executor.recognises_repeats and getattr(refusal, "maybe_accepted", False)
+        self._follow(self.table.refuse(run.run_id, refusal, attempt, final=final, doubtful=doubtful))
 
     def _warn_of_silence(self) -> None:
         """Say once, where nothing has ever come back, what that may mean."""
@@ -392,10 +483,11 @@ class Dispatcher:
         try:
             count = 0
             while True:
-                self._take(await self.executor.recv())
-                count += 1
-                if count % EVENTS_PER_TURN == 0:
-                    await asyncio.sleep(0)
+                for frame in await self.executor.recv_many():
+                    self._take(frame)
+                    count += 1
+                    if count % EVENTS_PER_TURN == 0:
+                        await asyncio.sleep(0)
         except asyncio.CancelledError as exc:
             if _asked_to_stop():
                 raise

@@ -16,12 +16,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import wove.wire as wire
 from wove.errors import ProtocolError, safe_text
 from wove.plain_data import OTHER, shape_of
+from wove.wire import encode_value, pack_plain, require_msgpack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+try:
+    import msgpack
+except ImportError:  # the base install has no dependencies
+    msgpack = None
 
 #: Runs in one batch at most.
 MAX_RUNS = 512
@@ -47,14 +52,14 @@ def encode_small(value: Any) -> tuple[str, bytes] | None:
     shape = shape_of(value)
     if shape != OTHER:
         try:
-            codec, data = wire.pack_plain(value, shape)
+            codec, data = pack_plain(value, shape)
         except (ValueError, OverflowError, TypeError, RecursionError):
             pass  # a pickle may carry it
         else:
             return (codec, data) if len(data) <= MAX_VALUE else None
     attachments: list[Any] = []
     try:
-        codec, _, count = wire.encode_value(value, attachments)
+        codec, _, count = encode_value(value, attachments)
     except Exception:
         return None  # whoever sends it alone gets the error
     if count != 1 or len(attachments[0]) > MAX_VALUE:
@@ -64,8 +69,8 @@ def encode_small(value: Any) -> tuple[str, bytes] | None:
 
 def pack_table(rows: Sequence[Row]) -> bytes:
     """Return a table's bytes."""
-    wire.require_msgpack()
-    packed: bytes = wire.msgpack.packb(rows, use_bin_type=True)
+    require_msgpack()
+    packed: bytes = msgpack.packb(rows, use_bin_type=True)
     return packed
 
 
@@ -79,9 +84,9 @@ def unpack_table(data: Any, key: type) -> list[Row]:
     Raises:
         ProtocolError: it is no table of such rows.
     """
-    wire.require_msgpack()
+    require_msgpack()
     try:
-        rows = wire.msgpack.unpackb(
+        rows = msgpack.unpackb(
             data,
             raw=False,
             use_list=False,

@@ -29,6 +29,7 @@ LAYERS = (
         "remote_errors",
         "run_errors",
         "security",
+        "tables",
         "wire",
     },
     {"backend", "exchange"},
@@ -69,7 +70,7 @@ THIRD_PARTIES = {
     "billiard": ("wove.worker.celery",),
     "celery": ("wove.worker.celery", "wove.demo.celery_app"),
     "grpc": ("wove.worker.services.grpc",),
-    "msgpack": ("wove.wire",),
+    "msgpack": ("wove.tables", "wove.wire"),
     "rich": ("wove.demo",),
 }
 

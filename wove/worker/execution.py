@@ -316,6 +316,7 @@ def report_failure(session: Execution, exc: BaseException, hooks: BackendHooks |
 
 
 def is_cancellation(exc: BaseException) -> bool:
+    """Tell whether it is asyncio's CancelledError."""
     import sys
 
     # Only a process that has loaded asyncio can have raised its CancelledError.

@@ -1,0 +1,124 @@
+"""How many runs travel together: as many as keep a worker busy for a moment, and leave the others theirs.
+
+Grows and shrinks by what workers say of how long runs took, as joblib's ``batch_size="auto"`` does.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from wove.errors import ConfigurationError
+from wove.tables import MAX_RUNS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from wove.frames import Frame
+
+AUTO = "auto"
+
+#: Seconds that a worker should be busy with one message.
+TARGET_SECONDS = 0.05
+#: How much larger the next batch may be than the last one: one lucky measurement is none.
+GROWTH = 4
+#: Runs in one batch at most, where nobody asks for more.
+MAX_AUTO = 256
+#: Batches that each worker should find, so that it need not wait for the next.
+SHARES = 2
+#: Seconds after which a worker of which nothing was heard is not counted any more.
+SLOT_SECONDS = 30.0
+#: Callables whose durations are remembered.
+MAX_CALLABLES = 1_000
+
+
+class Batching:
+    """Decides which runs travel together. Callable from any thread.
+
+    Args:
+        mode: ``"auto"``, a number of runs, or None: ``"auto"`` for the runs of a ``map``, and 1 for others.
+    """
+
+    def __init__(self, mode: str | int | None) -> None:
+        self._mode = mode
+        self._pace: OrderedDict[str, _Pace] = OrderedDict()
+        self._slots: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Batching:
+        """Read ``executor_config["batch"]``.
+
+        Raises:
+            ConfigurationError: it is neither ``"auto"`` nor a usable number.
+        """
+        mode = config.get("batch")
+        if mode is not None and mode != AUTO and not (type(mode) is int and 1 <= mode <= MAX_RUNS):
+            raise ConfigurationError(
+                f'executor_config["batch"] is "auto", or how many runs travel in one message, from 1 to {MAX_RUNS}; '
+                f"got {mode!r}"
+            )
+        return cls(mode)
+
+    def takes(self, frame: Frame) -> bool:
+        """Tell whether a run may travel with others."""
+        delivery = frame["delivery"]
+        if self._mode == 1 or not (self._mode or delivery.get("mapped")):
+            return False
+        # What is to outlive its submitter, what others share, and what was submitted before goes alone.
+        alone = delivery.get("keep") or "key" in delivery or delivery.get("alone") or delivery.get("repeated")
+        return not alone and delivery.get("attempt", 1) == 1 and delivery.get("attended", True)
+
+    def size(self, task_id: str, open_runs: int) -> int:
+        """Return how many runs of a callable go into one batch.
+
+        Args:
+            task_id: the callable's name.
+            open_runs: runs that are open: no worker is to get more than its share of them.
+        """
+        if type(self._mode) is int:
+            return self._mode
+        with self._lock:
+            pace = self._pace.get(task_id)
+            if pace is None:
+                return 1
+            now = time.monotonic()
+            for slot in [slot for slot, seen in self._slots.items() if now - seen > SLOT_SECONDS]:
+                del self._slots[slot]
+            share = open_runs // (SHARES * max(1, len(self._slots)))
+            return max(1, min(pace.size, share))
+
+    def listener(self, task_id: str) -> Callable[[str, int, float], None]:
+        """Return what takes a worker's word on how long runs of a callable took."""
+        return partial(self._heard, task_id)
+
+    def _heard(self, task_id: str, slot: str, count: int, seconds: float) -> None:
+        with self._lock:
+            self._slots[slot] = time.monotonic()
+            pace = self._pace.get(task_id)
+            if pace is None:
+                pace = self._pace[task_id] = _Pace()
+                if len(self._pace) > MAX_CALLABLES:
+                    self._pace.popitem(last=False)
+            pace.note(count, seconds)
+
+
+class _Pace:
+    """How long runs of one callable take, and how many of them make a batch."""
+
+    __slots__ = ("seconds", "size")
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+        self.size = 1
+
+    def note(self, count: int, seconds: float) -> None:
+        """Take in that ``count`` runs took so many seconds."""
+        latest = seconds / count
+        # Slow ones count at once: too large a batch keeps others waiting, too small a one costs little.
+        self.seconds = latest if self.seconds is None else max(latest, (self.seconds + latest) / 2)
+        fitting = int(TARGET_SECONDS / self.seconds) if self.seconds > 0 else MAX_AUTO
+        self.size = max(1, min(fitting, self.size * GROWTH, MAX_AUTO))
