@@ -27,8 +27,13 @@ TARGET_SECONDS = 0.05
 GROWTH = 4
 #: Runs in one batch at most, where nobody asks for more.
 MAX_AUTO = 256
-#: Batches that each worker should find, so that it need not wait for the next.
+#: Messages that each worker should find, so that it need not wait for the next.
 SHARES = 2
+#: Runs of a callable that leave alone, to find out how long they take, and for how many seconds others wait for that.
+SCOUTS = 16
+SCOUT_SECONDS = 0.1
+#: Seconds for which runs wait for others while every worker is busy.
+LINGER_SECONDS = 0.01
 #: Seconds after which a worker of which nothing was heard is not counted any more.
 SLOT_SECONDS = 30.0
 #: Callables whose durations are remembered.
@@ -72,24 +77,39 @@ class Batching:
         alone = delivery.get("keep") or "key" in delivery or delivery.get("alone") or delivery.get("repeated")
         return not alone and delivery.get("attempt", 1) == 1 and delivery.get("attended", True)
 
-    def size(self, task_id: str, open_runs: int) -> int:
-        """Return how many runs of a callable go into one batch.
+    def plan(self, task_id: str, waiting: int, in_flight: int, open_runs: int, waited: float) -> list[int]:
+        """Return how many runs of a callable leave now, message by message; others wait a moment.
 
         Args:
             task_id: the callable's name.
+            waiting: its runs that wait to leave.
+            in_flight: messages with others that were sent and are not done.
             open_runs: runs that are open: no worker is to get more than its share of them.
+            waited: for how many seconds the first of them has waited.
         """
         if type(self._mode) is int:
-            return self._mode
+            return _split(waiting, self._mode)
         with self._lock:
             pace = self._pace.get(task_id)
-            if pace is None:
-                return 1
-            now = time.monotonic()
-            for slot in [slot for slot, seen in self._slots.items() if now - seen > SLOT_SECONDS]:
-                del self._slots[slot]
-            share = open_runs // (SHARES * max(1, len(self._slots)))
-            return max(1, min(pace.size, share))
+            size = pace.size if pace is not None else 1
+            slots = self._count_slots()
+        if pace is None and waited < SCOUT_SECONDS:
+            return [1] * max(0, min(waiting, SCOUTS - in_flight))
+        if size == 1:
+            return [1] * waiting  # they take their time: whoever is free takes one
+        size = max(1, min(size, open_runs // (SHARES * slots)))
+        if waited >= LINGER_SECONDS:
+            return _split(waiting, size)
+        room = SHARES * slots - in_flight
+        if room <= 0 or (waiting < size and in_flight >= slots):
+            return []
+        return _split(min(waiting, room * size), size)
+
+    def _count_slots(self) -> int:
+        now = time.monotonic()
+        for slot in [slot for slot, seen in self._slots.items() if now - seen > SLOT_SECONDS]:
+            del self._slots[slot]
+        return max(1, len(self._slots))
 
     def listener(self, task_id: str) -> Callable[[str, int, float], None]:
         """Return what takes a worker's word on how long runs of a callable took."""
@@ -106,6 +126,12 @@ class Batching:
             pace.note(count, seconds)
 
 
+def _split(count: int, size: int) -> list[int]:
+    """Split runs into messages of about equal size, none of them beyond it."""
+    messages = -(-count // size)
+    return [count // messages + (i < count % messages) for i in range(messages)] if count else []
+
+
 class _Pace:
     """How long runs of one callable take, and how many of them make a batch."""
 
@@ -118,7 +144,6 @@ class _Pace:
     def note(self, count: int, seconds: float) -> None:
         """Take in that ``count`` runs took so many seconds."""
         latest = seconds / count
-        # Slow ones count at once: too large a batch keeps others waiting, too small a one costs little.
-        self.seconds = latest if self.seconds is None else max(latest, (self.seconds + latest) / 2)
+        self.seconds = latest if self.seconds is None else (self.seconds + latest) / 2
         fitting = int(TARGET_SECONDS / self.seconds) if self.seconds > 0 else MAX_AUTO
         self.size = max(1, min(fitting, self.size * GROWTH, MAX_AUTO))

@@ -6,17 +6,20 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import Counter, deque
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.backend import build_batch, build_payload, encode_row, failure_webhook, job_id
 from wove.errors import EncodeError, SubmitError, lost
+from wove.executors.batching import LINGER_SECONDS
 from wove.threads import DaemonPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from wove.adapters.base import BackendAdapter
     from wove.backend import BuiltPayload
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
     #: Called in the caller's loop with what refused a run, or None.
     Done = Callable[[BaseException | None], None]
+    #: The callable, its name, and what is said of the delivery: what the runs of a batch have in common.
+    _Kind = tuple[int, str, int]
 
 logger = logging.getLogger("wove.executors")
 
@@ -125,6 +130,10 @@ class Outbox:
         self._loop = asyncio.get_running_loop()
         self._senders = DaemonPool(SENDERS, f"wove-submit-{terms.environment}")
         self._waiting: list[Waiting] = []
+        #: Runs that travel with others, by what they have to have in common for that, and since when they wait.
+        self._held: dict[_Kind, deque[Waiting]] = {}
+        self._held_since: dict[_Kind, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
         #: Runs that were not handed over yet, to find those that are cancelled meanwhile.
         self._on_the_way: dict[str, Waiting] = {}
         self._flushing: asyncio.Task[None] | None = None
@@ -133,8 +142,9 @@ class Outbox:
         self._open: dict[str, Any] = {}
         #: Those of them that travel in a batch: how they were called, and in which.
         self._members: dict[str, tuple[Frame, str]] = {}
-        #: By batch, how many of its members are wanted.
+        #: By batch, how many of its members are wanted; by task, how many batches that is.
         self._wanted: dict[str, int] = {}
+        self._messages: Counter[str] = Counter()
         #: Called, in the caller's loop, with a run that was cancelled while it was being submitted,
         #: and with what the adapter knows it by, or what refused it.
         self.on_late_cancel: Callable[[Frame, Any], None] = _nothing
@@ -145,10 +155,21 @@ class Outbox:
         """Submit a run; what is submitted in one turn of the loop, or while others are under way, leaves together."""
         waiting = Waiting(frame, done)
         run_id = frame["run_id"]
-        self._waiting.append(waiting)
         self._on_the_way[run_id] = waiting
         self._open[run_id] = None
-        if self._flushing is None or self._flushing.done():
+        if self._batching.takes(frame):
+            kind = (id(frame["callable"]), frame["task_id"], id(frame["delivery"]))
+            held = self._held.get(kind)
+            if held is None:
+                held = self._held[kind] = deque()
+                self._held_since[kind] = self._loop.time()
+            held.append(waiting)
+        else:
+            self._waiting.append(waiting)
+        self._start_flushing()
+
+    def _start_flushing(self) -> None:
+        if (self._flushing is None or self._flushing.done()) and not self._stopped:
             self._flushing = self._loop.create_task(self._flush(), name="wove-flush")
 
     async def submit(self, frame: Frame) -> None:
@@ -203,12 +224,17 @@ class Outbox:
         member = self._members.pop(run_id, None)
         if member is None:
             return
-        batch = member[1]
+        frame, batch = member
         left = self._wanted.get(batch, 1) - 1
         if left:
             self._wanted[batch] = left
-        else:
-            self._wanted.pop(batch, None)
+            return
+        self._wanted.pop(batch, None)
+        self._messages[frame["task_id"]] -= 1
+        if not self._messages[frame["task_id"]]:
+            del self._messages[frame["task_id"]]
+        if self._held:  # a worker may be free for them
+            self._start_flushing()
 
     def take_back(self, run_id: str, task_id: str) -> None:
         """A worker has given a run back that it had not begun: submit it again, alone."""
@@ -237,6 +263,8 @@ class Outbox:
         self._stopped = True
         if self._flushing is not None:
             self._flushing.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._senders.close()
         self._open.clear()
         self._members.clear()
@@ -245,26 +273,53 @@ class Outbox:
     # --- handing over ---------------------------------------------------------------
 
     async def _flush(self) -> None:
-        while self._waiting and not self._stopped:
-            batch, self._waiting = self._waiting[:MAX_TOGETHER], self._waiting[MAX_TOGETHER:]
+        while not self._stopped:
+            alone, self._waiting = self._waiting[:MAX_TOGETHER], self._waiting[MAX_TOGETHER:]
+            together = self._draw()
+            if not alone and not together:
+                return
+            everybody = [*alone, *chain.from_iterable(together)]
             try:
-                parcels = await self._hand_over(batch)
+                parcels = await self._hand_over(alone, together)
             except Exception as exc:
-                parcels = [_refused(waiting, _copy(exc)) for waiting in batch]
+                parcels = [_refused(waiting, _copy(exc)) for waiting in everybody]
             except BaseException:
-                for waiting in batch:
+                for waiting in everybody:
                     self._settle(_refused(waiting, SubmitError(_STOPPED)))
                 raise
+            self._recount(together, parcels)
             for parcel in parcels:
                 self._settle(parcel)
 
-    async def _hand_over(self, batch: list[Waiting]) -> list[Parcel]:
+    def _recount(self, together: list[list[Waiting]], parcels: list[Parcel]) -> None:
+        """Correct how many messages are on their way: runs turned out to be large, or to be cancelled."""
+        self._messages.subtract(Counter(message[0].frame["task_id"] for message in together))
+        self._messages.update(Counter(parcel.frame["task_id"] for parcel in parcels if parcel.together))
+
+    def _draw(self) -> list[list[Waiting]]:
+        """Take those of the held runs that are to leave now, message by message."""
+        messages: list[list[Waiting]] = []
+        now = self._loop.time()
+        for kind, held in tuple(self._held.items()):
+            waited = now - self._held_since[kind]
+            plan = self._batching.plan(kind[1], len(held), self._messages[kind[1]], len(self._open), waited)
+            messages.extend([held.popleft() for _ in range(length)] for length in plan)
+            self._messages[kind[1]] += len(plan)
+            if not held:
+                del self._held[kind], self._held_since[kind]
+            elif plan:
+                self._held_since[kind] = now
+        if self._held and (self._timer is None or self._timer.when() <= now):
+            # Whatever was expected: nothing waits for long.
+            self._timer = self._loop.call_later(LINGER_SECONDS, self._start_flushing)
+        return messages
+
+    async def _hand_over(self, alone: list[Waiting], together: list[list[Waiting]]) -> list[Parcel]:
         """Encode, sign and submit, in other threads: a large argument, or a slow broker, holds up no loop."""
         abandoned = _Abandoned()
-        open_runs = len(self._open)
         try:
             async with asyncio.timeout(SUBMIT_SECONDS) as limit:
-                sending = self._senders.submit(self._send, batch, open_runs, abandoned)
+                sending = self._senders.submit(self._send, alone, together, abandoned)
                 parcels: list[Parcel] = await asyncio.wrap_future(sending)
                 if not self._adapter.submits_blocking:
                     ready = _ready(parcels)
@@ -287,9 +342,13 @@ class Outbox:
         finally:
             abandoned.yes = True
 
-    def _send(self, batch: list[Waiting], open_runs: int, abandoned: _Abandoned) -> list[Parcel]:
+    def _send(
+        self, alone: list[Waiting], together: list[list[Waiting]], abandoned: _Abandoned
+    ) -> list[Parcel]:
         """Encode and sign what leaves together; hand it over where the adapter's client blocks anyway."""
-        parcels = self._pack(batch, open_runs)
+        parcels = [self._pack_alone(waiting) for waiting in alone]
+        for message in together:
+            parcels.extend(self._pack_message(message))
         for parcel in parcels:
             if parcel.result is None and not abandoned.yes:
                 try:
@@ -328,29 +387,31 @@ class Outbox:
 
     # --- encoding ------------------------------------------------------------------
 
-    def _pack(self, batch: list[Waiting], open_runs: int) -> list[Parcel]:
+    def _pack_message(self, message: list[Waiting]) -> list[Parcel]:
+        """Make one payload of runs, or more where they turn out to be large."""
         parcels: list[Parcel] = []
-        groups: dict[tuple[int, str, int], list[tuple[Waiting, Row]]] = {}
-        for waiting in batch:
-            frame = waiting.frame
-            if waiting.cancelled:
-                parcels.append(_refused(waiting, SubmitError("cancelled before it was submitted")))
-                continue
-            row = _row(frame, plain=self._terms.plain) if self._batching.takes(frame) else None
+        chunk: list[tuple[Waiting, Row]] = []
+        held = 0
+        for waiting in message:
+            row = None if waiting.cancelled else _row(waiting.frame, plain=self._terms.plain)
             if row is None:
                 parcels.append(self._pack_alone(waiting))
                 continue
-            key = (id(frame["callable"]), frame["task_id"], id(frame["delivery"]))
-            groups.setdefault(key, []).append((waiting, row))
-        for group in groups.values():
-            size = self._batching.size(group[0][0].frame["task_id"], open_runs)
-            for chunk in _chunks(group, size):
+            if held + len(row[2]) > MAX_BATCH_BYTES:
                 parcels.extend(self._pack_together(chunk))
+                chunk, held = [], 0
+            chunk.append((waiting, row))
+            held += len(row[2])
+        if chunk:
+            parcels.extend(self._pack_together(chunk))
         return parcels
 
     def _pack_alone(self, waiting: Waiting) -> Parcel:
         terms = self._terms
         parcel = Parcel([waiting], waiting.frame, together=False)
+        if waiting.cancelled:
+            parcel.result = SubmitError("cancelled before it was submitted")
+            return parcel
         try:
             parcel.built = build_payload(
                 waiting.frame,
@@ -555,23 +616,6 @@ def _row(frame: Frame, *, plain: bool) -> Row | None:
         return encode_row(frame, plain=plain)
     except BaseException:
         return None  # an argument whose pickling exits: alone it is an error of its own run
-
-
-def _chunks(group: list[tuple[Waiting, Row]], size: int) -> Iterable[list[tuple[Waiting, Row]]]:
-    """Cut runs into batches of about equal length, none beyond the size nor too many bytes."""
-    count = -(-len(group) // size)
-    length = -(-len(group) // count)
-    chunk: list[tuple[Waiting, Row]] = []
-    held = 0
-    for item in group:
-        weight = len(item[1][2])
-        if chunk and (len(chunk) >= length or held + weight > MAX_BATCH_BYTES):
-            yield chunk
-            chunk, held = [], 0
-        chunk.append(item)
-        held += weight
-    if chunk:
-        yield chunk
 
 
 def _refused(waiting: Waiting, result: BaseException) -> Parcel:
