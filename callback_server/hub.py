@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from wove.callback_server.batches import OpenBatch
+from wove.callback_server.runs import OpenRun
 from wove.callback_server.server import CallbackListener
 from wove.errors import ConfigurationError
 
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from wove.callback_server.batches import OpenBatch
-    from wove.callback_server.runs import OpenRun
     from wove.callback_server.tls import ListenerTls
     from wove.frames import Frame
 
@@ -50,11 +50,16 @@ class Lease:
         self._sink = run.sink
         self._listener.open_run(run)
 
-    def open_batch(self, batch: OpenBatch, sink: Sink) -> None:
-        """Take events for a batch, whose members report to ``sink``, until they are closed."""
+    def open_new(self, **settings: Any) -> None:
+        """Open a run with these settings of :class:`~wove.callback_server.runs.OpenRun`."""
+        self.open_run(OpenRun(**settings))
+
+    def open_batch(self, **settings: Any) -> None:
+        """Open a batch with these settings of an ``OpenBatch``; its members are open until they are closed."""
         if self._listener is None:
             raise RuntimeError("the callback listener was released")
-        self._sink = sink
+        batch = OpenBatch(**settings)
+        self._sink = settings["sink"]
         self._listener.open_batch(batch)
 
     def batch_of(self, run_id: str) -> OpenBatch | None:

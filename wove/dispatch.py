@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import secrets
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,9 @@ from wove.errors import (
     safe_text,
 )
 from wove.policy import DeliveryPolicy
+from wove.run_ids import new_run_id
 from wove.sharing import SharedCalls, sharing_key
-from wove.waiter import Waiter
+from wove.waiter import Call, Waiter
 from wove.wire import callable_name
 
 if TYPE_CHECKING:
@@ -323,26 +323,28 @@ class Dispatcher:
         item: Any,
         policy: DeliveryPolicy,
         on_progress: OnProgress | None,
-    ) -> asyncio.Future[Any]:
+        task_id: str,
+    ) -> Call:
         """Begin one of many calls of ``func``: what :meth:`call` does, without a task of its own.
 
         Returns:
             What gets the result; cancelling it cancels the run.
         """
+        run_id = new_run_id()
+        call = Call(partial(self._call_cancelled, run_id))
         try:
             self._check_usable()
-            run, waiter = self._begin(func, (item,), {}, None, policy, on_progress, None, mapped=True)
+            self._begin(
+                func, (item,), {}, task_id, policy, on_progress, None, mapped=True, run_id=run_id, future=call
+            )
         except Exception as exc:
-            future: asyncio.Future[Any] = self._loop.create_future()
-            future.set_exception(exc)
-            return future
-        waiter.future.add_done_callback(partial(self._begun_ended, run))
-        return waiter.future
+            if not call.done():
+                call.set_exception(exc)
+        return call
 
-    def _begun_ended(self, run: Run, future: asyncio.Future[Any]) -> None:
-        if future.cancelled():
-            self._follow(self.table.cancel(run.run_id))
-        self._waiters.pop(run.run_id, None)
+    def _call_cancelled(self, run_id: str) -> None:
+        self._waiters.pop(run_id, None)
+        self._follow(self.table.cancel(run_id))
 
     def _begin(
         self,
@@ -355,10 +357,12 @@ class Dispatcher:
         key: str | None,
         *,
         mapped: bool = False,
+        run_id: str | None = None,
+        future: Call | None = None,
     ) -> tuple[Run, Waiter]:
-        run = self.table.open(secrets.token_hex(16), task_id or callable_name(func), policy)
+        run = self.table.open(run_id or new_run_id(), task_id or callable_name(func), policy)
         frame = run_frame(run, func, positional, keywords, key, self._delivery(policy, mapped=mapped))
-        waiter = Waiter(self._loop.create_future(), on_progress)
+        waiter = Waiter(self._loop.create_future() if future is None else future, on_progress)
         if policy.sends_again:
             waiter.frame = frame
         self._waiters[run.run_id] = waiter
@@ -481,19 +485,21 @@ class Dispatcher:
 
     async def _receive(self) -> None:
         try:
-            count = 0
             while True:
-                for frame in await self.executor.recv_many():
-                    self._take(frame)
-                    count += 1
-                    if count % EVENTS_PER_TURN == 0:
-                        await asyncio.sleep(0)
+                await self._take_all(await self.executor.recv_many())
         except asyncio.CancelledError as exc:
             if _asked_to_stop():
                 raise
             self._break(exc)
         except Exception as exc:
             self._break(exc)
+
+    async def _take_all(self, events: list[Frame]) -> None:
+        # By itself, so that the last of them is not held until the next one comes.
+        for frame in events:
+            self._take(frame)
+            if self._taken % EVENTS_PER_TURN == 0:
+                await asyncio.sleep(0)
 
     def _break(self, exc: BaseException) -> None:
         """Nothing comes back any more: end every run, and refuse new ones."""
@@ -541,6 +547,8 @@ class Dispatcher:
                 waiter.unacknowledged = text
         if waiter is not None:
             waiter.settle(outcome)
+            if type(waiter.future) is Call:
+                del self._waiters[run.run_id]  # nobody else will
 
     def _send_again(self, again: Resubmission) -> None:
         run = again.run

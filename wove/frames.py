@@ -84,6 +84,15 @@ def check_event(frame: Any) -> bool:
     return True
 
 
+def is_whole_result(frame: Any) -> bool:
+    """Tell whether this is a ``task_result`` with all that it needs; its run need not be known."""
+    if type(frame) is not dict or frame.get("type") != TASK_RESULT or "result" not in frame:
+        return False
+    attempt, seq = frame.get("attempt"), frame.get("seq")
+    whole = type(attempt) is int and type(seq) is int and 0 < attempt < 2**53 and 0 < seq < 2**53
+    return whole and type(frame.get("run_id")) is str
+
+
 def _check_whole(frame: Mapping[str, Any], key: str) -> None:
     value = frame.get(key)
     if type(value) is not int or not 0 < value < 2**53:

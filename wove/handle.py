@@ -19,10 +19,14 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 from wove.errors import ConfigurationError
 from wove.policy import DeliveryPolicy
+from wove.waiter import Call
+from wove.wire import callable_name
 
 if TYPE_CHECKING:
     from wove.dispatch import Dispatcher
     from wove.waiter import OnProgress
+
+    _Future = asyncio.Future[Any] | Call
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -167,14 +171,15 @@ class EnvironmentHandle:
         finally:
             await window.abandon()
 
-    def _beginner(self, func: Callable[[Any], Any]) -> Callable[[Any], Awaitable[Any]]:
+    def _beginner(self, func: Callable[[Any], Any]) -> Callable[[Any], Awaitable[Any] | Call]:
         """Return what begins the call of ``func`` with an item."""
         dispatcher, on_progress = self._dispatcher, self._on_progress
         if not callable(func):
             raise TypeError(f"map() takes a callable, not {type(func).__name__}")
         policy = dispatcher.policy_for(self._settings or None)
         if dispatcher.begins(policy):
-            return lambda item: dispatcher.begin(func, item, policy, on_progress)
+            name = callable_name(func)
+            return lambda item: dispatcher.begin(func, item, policy, on_progress, name)
         return lambda item: self.run(func, item)
 
 
@@ -188,24 +193,27 @@ class _Window:
         self._counted_at = time.monotonic()
         self._ordered = ordered
         self._raise_errors = raise_errors
-        self._begun: dict[asyncio.Future[Any], None] = {}
-        self._done: deque[asyncio.Future[Any]] = deque()
-        self._failed: asyncio.Future[Any] | None = None
+        self._begun: dict[_Future, None] = {}
+        self._done: deque[_Future] = deque()
+        self._failed: _Future | None = None
         self._feeder: asyncio.Future[Any] | None = None
         self._change = asyncio.Event()
         self._room = asyncio.Event()
 
-    def feed(self, items: Iterable[Any] | AsyncIterable[Any], begin: Callable[[Any], Awaitable[Any]]) -> None:
+    def feed(
+        self, items: Iterable[Any] | AsyncIterable[Any], begin: Callable[[Any], Awaitable[Any] | Call]
+    ) -> None:
         """Begin a run for each item, as fast as there is room."""
         self._feeder = asyncio.ensure_future(self._feed(items, begin))
         self._feeder.add_done_callback(lambda _: self._change.set())
 
     async def _feed(
-        self, items: Iterable[Any] | AsyncIterable[Any], begin: Callable[[Any], Awaitable[Any]]
+        self, items: Iterable[Any] | AsyncIterable[Any], begin: Callable[[Any], Awaitable[Any] | Call]
     ) -> None:
         async with aclosing(_source(items)) as source:
             async for item in source:
-                task = asyncio.ensure_future(begin(item))
+                begun = begin(item)
+                task = begun if isinstance(begun, Call) else asyncio.ensure_future(begun)
                 self._begun[task] = None
                 task.add_done_callback(self._finished)
                 while len(self._begun) >= self._limit:
@@ -221,7 +229,7 @@ class _Window:
             self._limit = min(MAX_MAP_IN_FLIGHT, max(MAP_IN_FLIGHT, in_a_moment))
             self._ended, self._counted_at = 0, now
 
-    def _finished(self, task: asyncio.Future[Any]) -> None:
+    def _finished(self, task: _Future) -> None:
         self._ended += 1
         # Fetching the exception also keeps asyncio from reporting it as forgotten.
         failed = task.cancelled() or task.exception() is not None
@@ -231,7 +239,7 @@ class _Window:
             self._done.append(task)
         self._change.set()
 
-    async def ready(self) -> list[asyncio.Future[Any]]:
+    async def ready(self) -> list[_Future]:
         """Wait for the next results and take them out; nothing is left when none come.
 
         An error that is to be raised is handed out at once, ahead of earlier items.
@@ -250,7 +258,7 @@ class _Window:
                     return []
             await self._change.wait()
 
-    def _take_done(self) -> list[asyncio.Future[Any]]:
+    def _take_done(self) -> list[_Future]:
         ready = []
         if self._ordered:
             for task in self._begun:
@@ -266,20 +274,22 @@ class _Window:
 
     async def abandon(self) -> None:
         """Cancel what is open and wait until that has been passed on."""
-        running = [task for task in self._begun if not task.done()]
+        running: list[_Future] = [task for task in self._begun if not task.done()]
         if self._feeder is not None:
             running.append(self._feeder)
         for task in running:
             task.cancel()
-        if running:
-            await asyncio.wait(running)
+        # The calls of `begin` have ended by now.
+        waited_for = [task for task in running if isinstance(task, asyncio.Future)]
+        if waited_for:
+            await asyncio.wait(waited_for)
         for task in (*self._begun, *running):
             if task.done() and not task.cancelled():
                 task.exception()  # fetched, so that asyncio does not report it as forgotten
         self._begun.clear()
 
 
-def _outcome(task: asyncio.Future[Any], return_exceptions: bool) -> Any:
+def _outcome(task: _Future, return_exceptions: bool) -> Any:
     if return_exceptions and not task.cancelled():
         exception = task.exception()
         return task.result() if exception is None else exception

@@ -45,6 +45,7 @@ LAYERS = (
         "doctor",
         "environment",
         "handle",
+        "run_ids",
         "runtime",
         "sharing",
         "testing",

@@ -10,25 +10,24 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from wove import frames
 from wove.backend import build_batch, build_payload, encode_row, failure_webhook, job_id
 from wove.errors import EncodeError, SubmitError, lost
 from wove.executors.batching import LINGER_SECONDS
+from wove.executors.watch import Watch, WatchedRun
 from wove.threads import DaemonPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from wove.adapters.base import BackendAdapter
+    from typing_extensions import Buffer
+
     from wove.backend import BuiltPayload
-    from wove.callback_server.hub import Lease
-    from wove.callback_server.runs import OpenRun
     from wove.executors.base import FrameChannel
     from wove.executors.batching import Batching
     from wove.executors.lane import Lane
-    from wove.executors.watch import Watch
     from wove.frames import Frame
     from wove.security import SecretRing
     from wove.tables import Row
@@ -50,6 +49,46 @@ SENDERS = 4
 MAX_BATCH_BYTES = 192 * 1024
 
 _STOPPED = "the environment was stopped"
+
+
+class Adapter(Protocol):
+    """What takes payloads; see :class:`wove.adapters.base.BackendAdapter`."""
+
+    @property
+    def submits_blocking(self) -> bool:
+        """Whether its client blocks anyway."""
+
+    async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        """Hand payloads over."""
+
+    def submit_blocking(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        """Hand payloads over, in a thread that may block."""
+
+
+class KnownRun(WatchedRun, Protocol):
+    """What the callback server knows of a run; see ``wove.callback_server.runs.OpenRun``."""
+
+    nonce: bytes
+    message: list[Buffer] | None
+
+
+class Listener(Protocol):
+    """Where runs are opened; see ``wove.callback_server.hub.Lease``."""
+
+    def find(self, run_id: str) -> KnownRun | None:
+        """Return an open run, or batch."""
+
+    def open_new(self, **settings: Any) -> None:
+        """Take events for a run."""
+
+    def open_batch(self, **settings: Any) -> None:
+        """Take events for a batch and its members."""
+
+    def renew_run(self, run: Any, attempt: int, message: list[Buffer] | None) -> None:
+        """Begin another attempt."""
+
+    def close_run(self, run_id: str) -> None:
+        """Take no more events for a run, or batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +152,9 @@ class Outbox:
     def __init__(
         self,
         terms: Terms,
-        adapter: BackendAdapter,
+        adapter: Adapter,
         lane: Lane,
-        lease: Lease,
+        lease: Listener,
         channel: FrameChannel,
         watch: Watch,
         batching: Batching,
@@ -476,23 +515,16 @@ class Outbox:
             self._open_run(parcel.frame, parcel.built)
 
     def _open_batch(self, parcel: Parcel, built: BuiltPayload) -> None:
-        from wove.callback_server.batches import OpenBatch
-
         batch = parcel.frame["run_id"]
         self._wanted[batch] = len(parcel.members)
         self._members.update({waiting.frame["run_id"]: (waiting.frame, batch) for waiting in parcel.members})
         self._lease.open_batch(
-            OpenBatch(
-                run_ids=[waiting.frame["run_id"] for waiting in parcel.members],
-                on_timing=self._batching.listener(parcel.frame["task_id"]),
-                **self._settings(parcel.frame, built),
-            ),
-            self._channel.put,
+            run_ids=[waiting.frame["run_id"] for waiting in parcel.members],
+            on_timing=self._batching.listener(parcel.frame["task_id"]),
+            **self._settings(parcel.frame, built),
         )
 
     def _open_run(self, frame: Frame, built: BuiltPayload) -> None:
-        from wove.callback_server.runs import OpenRun
-
         delivery = frame.get("delivery") or {}
         if delivery.get("attended") is False:
             return  # nobody waits for it: it was put back on the queue as we stop
@@ -501,9 +533,7 @@ class Outbox:
         if known is None and attempt > 1:
             raise SubmitError("the run has ended meanwhile")
         if known is None:
-            self._lease.open_run(
-                OpenRun(**self._settings(frame, built), message=built.message, attempt=attempt)
-            )
+            self._lease.open_new(**self._settings(frame, built), message=built.message, attempt=attempt)
         elif known.attempt != attempt:
             self._lease.renew_run(known, attempt, built.message)
         elif not known.cancelled:
@@ -585,13 +615,13 @@ class Outbox:
                 self._opened(known, result)
             waiting.done(None)
 
-    def _opened(self, known: OpenRun, result: Any) -> None:
+    def _opened(self, known: KnownRun, result: Any) -> None:
         known.job = result if isinstance(result, str) else known.job
         known.opened_at = time.monotonic()
         known.doubtful = False
         self._watch.opened(known)
 
-    def _doubt(self, run: OpenRun, submission: Any) -> None:
+    def _doubt(self, run: KnownRun, submission: Any) -> None:
         """The backend may have a run; it will be submitted once more, unless a worker speaks of it before."""
         run.doubtful = True
         if run.run_id in self._open:
@@ -633,7 +663,7 @@ def _note(parcels: list[Parcel], results: Sequence[Any]) -> None:
         parcel.result = result
 
 
-def _has_it(run: OpenRun, frame: Frame, refusal: Any) -> bool:
+def _has_it(run: KnownRun, frame: Frame, refusal: Any) -> bool:
     """Tell whether a worker has spoken of that attempt although the backend seems to have refused it."""
     attempt = frame["delivery"].get("attempt", 1)
     return isinstance(refusal, SubmitError) and run.attempt == attempt and run.started
