@@ -81,7 +81,7 @@ def redis(url: str) -> Iterator[Redis]:
 
     with Redis.from_url(url) as client:
         yield client
-        asyncio.run(until(lambda: not client.keys("wove:*"), "nothing is left of shared jobs"))
+        asyncio.run(until(lambda: not client.keys("wove:shared:*"), "nothing is left of shared jobs"))
 
 
 class Files:

@@ -14,6 +14,7 @@ from wove.errors import EncodeError, lost, normalize_exception
 from wove.remote_errors import encode_exception
 from wove.security import event_tag, reply_tag, same
 from wove.wire import encode_value, pack_message, park
+from wove.worker import offering
 from wove.worker.connection import Reply, clock_offsets, request
 from wove.worker.context import RunContext
 from wove.worker.offering import offer, patience, retry_after
@@ -319,6 +320,7 @@ class Session:
                 patience(task, self.begun, cancelled=self.context.cancelled)
                 if self._patience is None
                 else self._patience,
+                marks=offering.outages,
             )
         except BaseException:
             # A time limit of the backend strikes: whether the outcome has arrived is not known.
