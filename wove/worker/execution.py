@@ -10,6 +10,7 @@ from wove.worker.assignment import Assignment, FetchFailed, NotWanted
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
 from wove.worker.hooks import BackendHooks
+from wove.worker.pace import measured
 from wove.worker.session import Session
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def run(
     """
     hooks = hooks or BackendHooks()
     session = _open(payload, backend)
-    if not session.may_start(redelivered=redelivered):
+    if not session.may_start(redelivered=redelivered, unseen=hooks.unseen):
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
         hooks.refused(session)
         return False
@@ -67,7 +68,7 @@ def run(
             _keep(session, hooks)
             return False
         try:
-            with bind(session.context):
+            with bind(session.context), measured(session.assignment.function):
                 result = call()
                 if hasattr(result, "__await__"):
                     result = _drive(result, session)
@@ -94,7 +95,7 @@ async def arun(
 
     hooks = hooks or BackendHooks()
     session = await _in_thread(_open, payload, backend)
-    if not await _in_thread(lambda: session.may_start(redelivered=redelivered)):
+    if not await _in_thread(lambda: session.may_start(redelivered=redelivered, unseen=hooks.unseen)):
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
         hooks.refused(session)
         return False
@@ -105,7 +106,7 @@ async def arun(
             await _in_thread(_keep, session, hooks)
             return False
         try:
-            with bind(session.context):
+            with bind(session.context), measured(session.assignment.function):
                 if asyncio.iscoroutinefunction(call.func):
                     result = await supervise(call(), session)
                 else:
