@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 #: Threads for one adapter's blocking calls: one that hangs does not stop the others.
 BLOCKING_THREADS = 4
+ASKING_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class BackendAdapter(ABC):
         self.callback_url = callback_url
         self.run_config = run_config
         self._blocking: DaemonPool | None = None
+        self._asking: DaemonPool | None = None
         #: What the worker of a job has said of itself (``host``, ``pid``, ...); empty where
         #: none has spoken. Set by the executor; callable from any thread.
         self.worker_of: Callable[[str], Mapping[str, Any]] = _nobody
@@ -188,11 +190,21 @@ class BackendAdapter(ABC):
             self._blocking = DaemonPool(BLOCKING_THREADS, f"wove-adapter-{self.name}")
         return await asyncio.wrap_future(self._blocking.submit(func, *args))
 
+    async def asking(self, func: Callable[..., Any], *args: Any) -> Any:
+        """As :meth:`blocking`, in threads of their own: for :meth:`probe`.
+
+        Whether a worker is dead can be asked while submissions hang, and the other way round.
+        """
+        if self._asking is None:
+            self._asking = DaemonPool(ASKING_THREADS, f"wove-probe-{self.name}")
+        return await asyncio.wrap_future(self._asking.submit(func, *args))
+
     def release_threads(self) -> None:
-        """Let the threads of :meth:`blocking` end. Called after :meth:`close`."""
-        if self._blocking is not None:
-            self._blocking.close()
-            self._blocking = None
+        """Let the threads of :meth:`blocking` and :meth:`asking` end. Called after :meth:`close`."""
+        for pool in (self._blocking, self._asking):
+            if pool is not None:
+                pool.close()
+        self._blocking = self._asking = None
 
 
 def _nobody(job: str) -> Mapping[str, Any]:

@@ -281,7 +281,7 @@ class RqAdapter(BackendAdapter):
 
     async def probe(self, run_ids: Sequence[str]) -> dict[str, BackendState]:
         """Ask RQ for the jobs, in one round trip."""
-        states: dict[str, BackendState] = await self.blocking(self._probe, list(run_ids))
+        states: dict[str, BackendState] = await self.asking(self._probe, list(run_ids))
         return states
 
     def _probe(self, run_ids: list[str]) -> dict[str, BackendState]:

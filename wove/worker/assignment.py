@@ -71,6 +71,9 @@ class Assignment:
             self.keep = envelope.get("keep") is True
             self.attended = envelope.get("attended", True) is not False
             self.ask = envelope.get("ask") is True
+            described = envelope.get("callable")
+            #: The function's name, as far as it is known; calls may have names of their own.
+            self.function: str = described if type(described) is str else self.task_id
             #: The idempotency key, by which runs of other processes may share this one's job.
             self.shared_by: str | None = _optional(envelope.get("key"), str)
             #: How many runs travel together; None for a single one, whose ids are then those of the batch.

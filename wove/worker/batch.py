@@ -18,6 +18,7 @@ from wove.worker.context import RunContext, bind
 from wove.worker.courier import courier_for
 from wove.worker.execution import TaskCancelledItself, cannot_load, drive, is_cancellation, keep
 from wove.worker.offering import offer, patience
+from wove.worker.pace import measured
 from wove.worker.session import CONTENT_TYPE, REPORT_AGAIN, REPORT_TIMEOUT, Session
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ class BatchSession(Session):
 
     # --- what comes next --------------------------------------------------------
 
-    def may_start(self, *, redelivered: bool | int = False) -> bool:
+    def may_start(self, *, redelivered: bool | int = False, unseen: bool = False) -> bool:
         """Ask whether any of the runs is still wanted; see :meth:`Session.may_start`."""
-        wanted = super().may_start(redelivered=redelivered)
+        wanted = super().may_start(redelivered=redelivered, unseen=unseen)
         # That a worker has the batch is no news yet to those who wait for its runs.
         self._started = False
         self._over, self._withdrawn = self._withdrawn, set()
@@ -364,7 +365,7 @@ def run_batch(
             reported, so that the backend counts the message as failed.
     """
     session = BatchSession(assignment, backend)
-    if not session.may_start(redelivered=redelivered):
+    if not session.may_start(redelivered=redelivered, unseen=hooks.unseen):
         logger.info("batch %s is not wanted (any more): skipped", assignment.run_id)
         hooks.refused(session)
         return False
@@ -425,15 +426,16 @@ class _Work:
     def execute(self) -> None:
         """Execute one run after another."""
         session = self._session
-        while (place := session.next_place()) is not None:
-            row = self._rows[place]
-            item = session.begin(place, row[0])
-            begun = time.monotonic()
-            try:
-                self._run(place, row, item)
-            finally:
-                session.end(time.monotonic() - begun)
-                self.executed += 1
+        with measured(session.assignment.function):
+            while (place := session.next_place()) is not None:
+                row = self._rows[place]
+                item = session.begin(place, row[0])
+                begun = time.monotonic()
+                try:
+                    self._run(place, row, item)
+                finally:
+                    session.end(time.monotonic() - begun)
+                    self.executed += 1
 
     def _run(self, place: int, row: Row, item: Item) -> None:
         session = self._session

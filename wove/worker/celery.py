@@ -43,6 +43,9 @@ class TaskExited(RuntimeError):
 class CeleryHooks(BackendHooks):
     """Celery retries what the task's settings say; its result backend, if it has one, keeps outcomes."""
 
+    # A message is acknowledged as soon as it is at work, and then nobody but the worker knows of it.
+    unseen = True
+
     def __init__(self, task: Any) -> None:
         self._task = task
 

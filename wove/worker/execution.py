@@ -10,6 +10,7 @@ from wove.worker.assignment import Assignment, FetchFailed, NotWanted
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
 from wove.worker.hooks import BackendHooks
+from wove.worker.pace import measured
 from wove.worker.session import Session
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def run(
         from wove.worker.batch import run_batch
 
         return run_batch(session.assignment, backend, hooks, redelivered=redelivered)
-    if not session.may_start(redelivered=redelivered):
+    if not session.may_start(redelivered=redelivered, unseen=hooks.unseen):
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
         hooks.refused(session)
         return False
@@ -72,7 +73,7 @@ def run(
             keep(session, hooks)
             return False
         try:
-            with bind(session.context):
+            with bind(session.context), measured(session.assignment.function):
                 result = call()
                 if hasattr(result, "__await__"):
                     result = drive(result, session)
@@ -105,7 +106,7 @@ async def arun(
         return bool(
             await _in_thread(lambda: run_batch(session.assignment, backend, hooks, redelivered=redelivered))
         )
-    if not await _in_thread(lambda: session.may_start(redelivered=redelivered)):
+    if not await _in_thread(lambda: session.may_start(redelivered=redelivered, unseen=hooks.unseen)):
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
         hooks.refused(session)
         return False
@@ -116,7 +117,7 @@ async def arun(
             await _in_thread(keep, session, hooks)
             return False
         try:
-            with bind(session.context):
+            with bind(session.context), measured(session.assignment.function):
                 if asyncio.iscoroutinefunction(call.func):
                     result = await supervise(call(), session)
                 else:

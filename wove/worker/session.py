@@ -14,9 +14,11 @@ from wove.errors import EncodeError, lost, normalize_exception
 from wove.remote_errors import encode_exception
 from wove.security import event_tag, reply_tag, same
 from wove.wire import encode_value, pack_message, park
+from wove.worker import offering
 from wove.worker.connection import Reply, clock_offsets, request
 from wove.worker.context import RunContext
 from wove.worker.offering import offer, patience, retry_after
+from wove.worker.pace import is_short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -96,7 +98,7 @@ class Session:
 
     # --- before the task ------------------------------------------------------
 
-    def may_start(self, *, redelivered: bool | int = False) -> bool:
+    def may_start(self, *, redelivered: bool | int = False, unseen: bool = False) -> bool:
         """Ask whether the run is still wanted, where it may not be.
 
         A run that waited long enough to be cancelled, or that the broker delivers again,
@@ -104,13 +106,19 @@ class Session:
         Without an answer the task is run: a callback server that is out for a moment
         must not lose work. But not when the caller's deadline is over, too: then it has
         given up, and gone.
+
+        Args:
+            redelivered: whether the payload is delivered again, or how often it was executed before.
+            unseen: nobody would notice if the whole worker died before it has spoken of the run. So it asks,
+                unless the task is known to be over by the time at which it would speak.
         """
         if not self.assignment.attended:
             return True
         # How often the backend itself has run the payload before, where it counts that.
         self._retry = redelivered if type(redelivered) is int else 0
         offset = clock_offsets.get(self.assignment.origin)
-        if not (redelivered or self.assignment.ask) and offset is not None:
+        unseen = unseen and not is_short(self.assignment.function)
+        if not (redelivered or self.assignment.ask or unseen) and offset is not None:
             age = time.time() + offset - self.assignment.sent_at
             if abs(age) < FRESH:
                 return True
@@ -339,6 +347,7 @@ class Session:
                 patience(task, self.begun, cancelled=self.context.cancelled)
                 if self._patience is None
                 else self._patience,
+                marks=offering.outages,
             )
         except BaseException:
             # A time limit of the backend strikes: whether the outcome has arrived is not known.
