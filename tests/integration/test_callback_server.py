@@ -784,6 +784,21 @@ class TestPayload:
         # A redelivered task needs it again.
         assert self.fetch(lease, run).status == 200
 
+    def test_who_does_not_take_it_does_not_outlive_the_listener(self, sink: Sink) -> None:
+        own = hub.acquire("127.0.0.1", 0)
+        run = open_run(own, sink, message=[bytes(50_000_000)])
+        tag = fetch_tag(key_of(run), run.run_id).hex()
+        with socket.create_connection((own.host, own.port), timeout=10) as connection:
+            connection.sendall(
+                f"GET /wove/v1/payloads/{run.run_id} HTTP/1.1\r\nHost: x\r\n"
+                f"Wove-Key: {kid()}\r\nWove-Signature: {tag}\r\n\r\n".encode()
+            )
+            assert connection.recv(1)
+            own.release()
+            with contextlib.suppress(ConnectionError):
+                while connection.recv(1_000_000):
+                    pass
+
     def test_not_without_a_signature(self, lease: Lease, sink: Sink, bystander: OpenRun) -> None:
         run = open_run(lease, sink, message=[b"secret arguments"])
         for tag in (b"", b"\0" * 32, fetch_tag(key_of(bystander), run.run_id)):
