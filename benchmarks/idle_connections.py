@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 ENVIRONMENT = "benchmark"
 CODEC = "application/msgpack"
 WARM_UP = 20
+#: What is promised of p99, in milliseconds.
+LIMIT = 5.0
 
 
 def worker(port: int, orders: Connection) -> None:
@@ -100,19 +102,20 @@ def _take(batch: object) -> bool:
 @contextlib.contextmanager
 def timed_looks() -> Any:
     """Collect how long each look of the guard at its connections takes, and how many there were."""
-    real = Guard._sweep_once
+    real = Guard._look
     looks: list[tuple[int, float]] = []
 
-    def measured(self: Guard, server: Any) -> None:
+    def measured(self: Guard, server: Any) -> list[Any]:
         begun = time.thread_time()  # on a busy machine the clock on the wall tells of others
-        real(self, server)
+        doomed = real(self, server)
         looks.append((self.connections, time.thread_time() - begun))
+        return doomed
 
-    Guard._sweep_once = measured  # type: ignore[method-assign]
+    Guard._look = measured  # type: ignore[method-assign]
     try:
         yield looks
     finally:
-        Guard._sweep_once = real  # type: ignore[method-assign]
+        Guard._look = real  # type: ignore[method-assign]
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -149,8 +152,17 @@ def measure(connections: int, callbacks: int, rounds: int) -> dict[str, Any]:
         "p99_by_round": {f"beside {kind} idle": [summary(it)["p99"] for it in taken[kind]] for kind in kinds},
         "p99_ratio": round(over_all[connections]["p99"] / over_all[0]["p99"], 2),
         "milliseconds_per_look_at_the_crowd": summary(crowded) if len(crowded) > 1 else None,
-        "verdict": "ok: p99 under 5 ms" if over_all[connections]["p99"] < 5 else "p99 is not under 5 ms",
+        "verdict": verdict(over_all[0]["p99"], over_all[connections]["p99"]),
     }
+
+
+def verdict(alone: float, crowded: float) -> str:
+    """Say whether the promise holds, given two p99 in milliseconds."""
+    if crowded < LIMIT:
+        return f"holds: p99 is under {LIMIT:g} ms"
+    if alone >= LIMIT:
+        return f"none: this machine is too busy, p99 is over {LIMIT:g} ms without idle connections too"
+    return f"fails: p99 is not under {LIMIT:g} ms"
 
 
 def main() -> None:

@@ -40,6 +40,8 @@ MAX_BYTES_IN_FLIGHT = 512 * 1024 * 1024
 SMALL_BODY = 256 * 1024
 #: Seconds between two looks at the connections.
 SWEEP_SECONDS = 0.25
+#: Connections that are closed in one turn of the loop: others have their turns between.
+CLOSED_AT_ONCE = 16
 #: Seconds between two such looks after which the process itself must have stood still.
 PAUSE_SECONDS = 3.0
 
@@ -87,9 +89,14 @@ class Guard:
             if now - last > PAUSE_SECONDS and self._on_pause is not None:
                 self._on_pause()
             last = now
-            self._sweep_once(server)
+            for number, protocol in enumerate(self._look(server), 1):
+                if protocol not in self._active:  # it may have asked for something meanwhile
+                    _abort(protocol)
+                if number % CLOSED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
 
-    def _sweep_once(self, server: web.Server) -> None:
+    def _look(self, server: web.Server) -> list[Any]:
+        """See who came and went; return those that are to be closed."""
         # A few times a second, between the requests of others: sets, and no look at each connection.
         now = time.monotonic()
         live = dict.fromkeys(server.connections)  # in the order in which they came
@@ -106,6 +113,7 @@ class Guard:
                     self._silent[protocol] = now
         # Those that never asked for anything go first: they may have come before one that a look saw later. Then
         # those whose bodies do not come: who they are is not known before that.
+        doomed: list[Any] = []
         excess = len(live) - self.max_connections
         for waiting, limit in (
             (self._silent, HEAD_SECONDS),
@@ -114,9 +122,9 @@ class Guard:
         ):
             overdue = itertools.takewhile(lambda item, limit=limit: now - item[1] > limit, waiting.items())
             count = max(sum(1 for _ in overdue), min(excess, len(waiting)))
-            for protocol in list(itertools.islice(waiting, count)):
-                _abort(protocol)
+            doomed.extend(itertools.islice(waiting, count))
             excess -= count
+        return doomed
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
