@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from wove.callback_server.contacts import Contacts
     from wove.callback_server.runs import Execution, OpenRun, OpenRuns
 
-#: Largest body, in bytes.
-MAX_BODY = 256 * 1024
+#: Largest body, in bytes: it is read before anything of it can be verified.
+MAX_BODY = 64 * 1024
 #: Seconds a beat is held at most, whatever the worker asks for.
 MAX_HOLD = 30.0
 MAX_RUNS_IN_BEAT = 256

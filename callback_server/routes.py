@@ -26,6 +26,7 @@ from wove import frames
 from wove.callback_server.batches import OpenBatch
 from wove.callback_server.beats import Beats
 from wove.callback_server.decoding import BatchNews, decode_batch, decode_news, open_parked, open_parked_news
+from wove.callback_server.guard import write_part
 from wove.callback_server.replies import ENDED, gone, reply, unauthorized
 from wove.errors import ProtocolError, cut, lost, normalize_exception
 from wove.security import (
@@ -291,7 +292,8 @@ class Routes:
         for part in message:
             view = memoryview(part).cast("B")
             for at in range(0, len(view), THREAD_FROM):
-                await response.write(view[at : at + THREAD_FROM])
+                if not await write_part(request, response, view[at : at + THREAD_FROM]):
+                    return response
         await response.write_eof()
         return response
 
@@ -299,11 +301,11 @@ class Routes:
 
     async def failed(self, request: web.Request) -> web.Response:
         """Take the backend's word that a run has failed, proven by the run's token."""
-        body = await self._guard.read_body(request, MAX_NEWS)
         job, attempt = _split_job_id(request.match_info["job_id"])
         run = self._runs.get(job)
         if run is None:
             # RQ also tells of failures that were reported long before; that is no mistake.
+            await self._guard.read_body(request, MAX_NEWS)
             return reply(204)
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         key = run.key(run.ring.primary.kid)
@@ -315,7 +317,7 @@ class Routes:
             )
         ):
             raise unauthorized(request)
-        reason = _failure_text(body)
+        reason = _failure_text(await self._guard.read_body(request, MAX_NEWS))
         asyncio.get_running_loop().call_later(FAILURE_GRACE, self._lose, run, attempt, reason)
         return reply(204)
 

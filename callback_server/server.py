@@ -234,11 +234,14 @@ class CallbackListener:
                 door.close()
             if listening is not None:
                 listening.close()
+            connections = runner.server.connections if runner.server is not None else []
+            transports = [c.transport for c in connections if c.transport is not None]
             await runner.cleanup()
+            for transport in transports:  # those too whose peers do not take what they were sent
+                transport.abort()
             if door is not None:
-                door.abort()
-                for _ in range(3):  # what was dropped is closed in the loop's next turns
-                    await asyncio.sleep(0)
+                await door.cut_off()
+            await _turns()  # what was dropped is closed in the loop's next turns
 
     async def _accept_no_more(self) -> None:
         """Leave off accepting, and let connections that were accepted this moment get their handlers.
@@ -250,8 +253,12 @@ class CallbackListener:
         for listening in self._sockets:
             with suppress(OSError, NotImplementedError):
                 loop.remove_reader(listening.fileno())
-        for _ in range(3):
-            await asyncio.sleep(0)
+        await _turns()
+
+
+async def _turns() -> None:
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 def _notice_black_holes(listening: Any) -> None:
