@@ -10,14 +10,20 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiohttp import web
+
+from wove.buffers import room
+from wove.callback_server.large import take_body
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+Body = TypeVar("Body", bytearray, memoryview)
 
 #: Seconds for a connection's first head, and between requests.
 HEAD_SECONDS = 10.0
@@ -29,6 +35,8 @@ SLOWEST_BODY = 64 * 1024
 #: the longest idle one is closed.
 MAX_CONNECTIONS = 1024
 DESCRIPTOR_SHARE = 4
+#: Bodies from this size, in bytes, go past aiohttp, and are hashed while they come in.
+LARGE_FROM = 1024 * 1024
 #: Bytes of bodies that may be under way at once; beyond it peers are asked to come back.
 MAX_BYTES_IN_FLIGHT = 512 * 1024 * 1024
 #: Seconds between two looks at the connections.
@@ -55,6 +63,8 @@ class Guard:
         self._last_seen: dict[Any, float] = {}
         self._used: set[Any] = set()
         self._active: set[Any] = set()
+        #: Connections that are good for one more reply only.
+        self._spent: set[Any] = set()
         self._bytes = 0
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         #: Connections at once.
@@ -106,8 +116,16 @@ class Guard:
         protocol = request.protocol
         self._active.add(protocol)
         try:
-            return await handler(request)
+            response = await handler(request)
+            if protocol in self._spent:
+                response.force_close()
+            return response
+        except web.HTTPException as exc:
+            if protocol in self._spent:
+                exc.force_close()
+            raise
         finally:
+            self._spent.discard(protocol)
             self._active.discard(protocol)
             self._used.add(protocol)
             self._last_seen[protocol] = time.monotonic()
@@ -123,6 +141,36 @@ class Guard:
             HTTPException: 411 without a length, 413 over the limit, 415 for an encoded
                 body, 408 for one that comes too slowly, 503 when too much is under way.
         """
+        return await self._read(request, limit, _read_exactly)
+
+    async def read_large(self, request: web.Request, limit: int, hasher: Any) -> memoryview:
+        """Read a large body, and hash it meanwhile in a thread; the reply ends its connection.
+
+        Args:
+            request: its head was read.
+            limit: bytes allowed.
+            hasher: is updated by the body.
+
+        Raises:
+            HTTPException: as :meth:`read_body`.
+        """
+        return await self._read(request, limit, partial(self._take, hasher))
+
+    async def _take(
+        self, hasher: Any, request: web.Request, size: int, deadline: asyncio.Timeout
+    ) -> memoryview:
+        self._spent.add(request.protocol)
+        begun = asyncio.get_running_loop().time()
+        body = room(size)
+        await take_body(request, body, hasher, lambda at: _earn(deadline, begun, at))
+        return body
+
+    async def _read(
+        self,
+        request: web.Request,
+        limit: int,
+        read: Callable[[web.Request, int, asyncio.Timeout], Awaitable[Body]],
+    ) -> Body:
         if request.headers.get("Content-Encoding"):
             raise refusal(web.HTTPUnsupportedMediaType())
         size = request.content_length
@@ -135,7 +183,7 @@ class Guard:
         self._bytes += size
         try:
             async with asyncio.timeout(BODY_SECONDS) as deadline:
-                return await _read_exactly(request, size, deadline)
+                return await read(request, size, deadline)
         except TimeoutError:
             raise refusal(web.HTTPRequestTimeout()) from None
         except asyncio.IncompleteReadError:
@@ -155,9 +203,13 @@ async def _read_exactly(request: web.Request, size: int, deadline: asyncio.Timeo
             raise asyncio.IncompleteReadError(b"", size)
         body[at : at + len(chunk)] = chunk
         at += len(chunk)
-        # Bytes that have come earn time for the rest; claimed ones do not.
-        deadline.reschedule(begun + BODY_SECONDS + at / SLOWEST_BODY)
+        _earn(deadline, begun, at)
     return body
+
+
+def _earn(deadline: asyncio.Timeout, begun: float, at: int) -> None:
+    # Bytes that have come earn time for the rest; claimed ones do not.
+    deadline.reschedule(begun + BODY_SECONDS + at / SLOWEST_BODY)
 
 
 def refusal(response: web.HTTPException) -> web.HTTPException:

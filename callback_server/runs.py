@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from wove.frames import Frame
     from wove.security import SecretRing
+    from wove.shared_parts import Part
 
 #: Cancelled runs that are remembered for workers which have yet to hear of it.
 MAX_CANCELLED = 4096
@@ -75,6 +76,7 @@ class OpenRun:
             False when nobody listens any more.
         max_body: the largest body, in bytes, of a request with an outcome.
         message: what workers may fetch, or None.
+        part: what they may fetch that other runs have as well, or None.
         attempt: which attempt workers are to make; events of earlier ones count little.
         heartbeat: seconds of silence allowed, or None.
         on_suspect: called in the listener's thread when a process that runs it is gone.
@@ -83,7 +85,7 @@ class OpenRun:
 
     __slots__ = (
         "_keys", "asked_at", "asks", "attempt", "cancelled", "cancelled_at", "closed", "environment", "executions", "heartbeat", "job", "lost", "max_body", "message", "nonce", "obituary",
-        "on_suspect", "opened_at", "plain", "ring", "run_id", "sink", "task_id", "watchers", "worker",
+        "on_suspect", "opened_at", "part", "plain", "ring", "run_id", "sink", "task_id", "watchers", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -97,6 +99,7 @@ class OpenRun:
         sink: Callable[[Iterable[Frame]], bool],
         max_body: int,
         message: list[Buffer] | None = None,
+        part: Part | None = None,
         attempt: int = 1,
         heartbeat: float | None = None,
         on_suspect: Callable[[OpenRun], None] | None = None,
@@ -110,6 +113,7 @@ class OpenRun:
         self.sink = sink
         self.max_body = max_body
         self.message = message
+        self.part = part
         self.attempt = attempt
         self.heartbeat = heartbeat
         self.on_suspect = on_suspect
@@ -169,10 +173,11 @@ class OpenRun:
                 execution = self.executions[name] = Execution(attempt)
         return execution
 
-    def renew(self, attempt: int, message: list[Buffer] | None) -> None:
+    def renew(self, attempt: int, message: list[Buffer] | None, part: Part | None = None) -> None:
         """Begin another attempt; the executions of earlier ones count no more."""
         self.attempt = attempt
         self.message = message
+        self.part = part
         self.job = f"{self.run_id}-{attempt}"
         self.opened_at = time.monotonic()
         self.obituary = None
@@ -234,7 +239,7 @@ class OpenRuns:
         run = self._runs.pop(run_id, None)
         if run is not None:
             run.closed = True
-            run.message = None
+            run.message = run.part = None
             run.forsake()
             run.executions.clear()
             if ended:
@@ -277,7 +282,7 @@ class OpenRuns:
             return
         run.cancelled = True
         run.cancelled_at = time.monotonic()
-        run.message = None
+        run.message = run.part = None
         # Most workers acknowledge; one that died never does, and is forgotten in the end.
         self._cancelled[run_id] = None
         if len(self._cancelled) > MAX_CANCELLED:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from wove.errors import ConfigurationError, EncodeError
 from wove.security import NONCE_SIZE, SecretRing, run_key, seal_payload, webhook_token
+from wove.shared_parts import FETCH_FROM, Part, as_part, size_of
 from wove.wire import encode_callable, encode_value, pack_message
 
 if TYPE_CHECKING:
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from wove.frames import Frame
-
-#: Messages from this size, in bytes, do not pass through the broker: workers fetch them.
-FETCH_FROM = 256 * 1024
+    from wove.shared_parts import SharedCallable
 
 VERSION = 1
 
@@ -40,11 +39,13 @@ class BuiltPayload:
         blob: the signed bytes for the broker.
         nonce: from which both sides derive the key of the run's events.
         message: what workers fetch, for a message too large for the broker; else None.
+        part: what workers fetch once for several runs, where there is such a thing.
     """
 
     blob: bytes
     nonce: bytes
     message: list[Buffer] | None
+    part: Part | None = None
 
 
 def build_payload(
@@ -96,21 +97,22 @@ def build_payload(
     if delivery.get("key") is not None:
         # By which backends that can do so let runs of other processes share the job.
         head["key"] = delivery["key"]
-    call = _encode_call(frame, attachments, plain)
+    shared: SharedCallable | None = None if plain else frame.get("shared")
     # Work that may outlive its submitter has to have everything with it.
-    if delivery.get("keep") or sum(memoryview(part).nbytes for part in attachments) < FETCH_FROM:
+    keep = bool(delivery.get("keep"))
+    part = shared.part() if shared is not None and not keep else None
+    call = _encode_call(frame, attachments, plain, part)
+    if keep or size_of(attachments) < FETCH_FROM:
         message = pack_message({**head, **call}, attachments)
-        return BuiltPayload(seal_payload(ring, environment, message), nonce, None)
-    large = pack_message(call, attachments)
-    digest = hashlib.sha256()
-    for part in large:
-        digest.update(part)
-    size = sum(memoryview(part).nbytes for part in large)
-    message = pack_message({**head, "fetch": [size, digest.digest()]}, [])
-    return BuiltPayload(seal_payload(ring, environment, message), nonce, large)
+        return BuiltPayload(seal_payload(ring, environment, message), nonce, None, part)
+    large = as_part(pack_message(call, attachments))
+    message = pack_message({**head, "fetch": large.claim}, [])
+    return BuiltPayload(seal_payload(ring, environment, message), nonce, large.message, part)
 
 
-def _encode_call(frame: Frame, attachments: list[Buffer], plain: bool) -> dict[str, Any]:
+def _encode_call(
+    frame: Frame, attachments: list[Buffer], plain: bool, part: Part | None = None
+) -> dict[str, Any]:
     positional, keywords = list(frame.get("positional", ())), dict(frame["args"])
     if plain:
         from wove.no_pickle import encode_plain_arguments, plain_reference
@@ -120,10 +122,15 @@ def _encode_call(frame: Frame, attachments: list[Buffer], plain: bool) -> dict[s
             "callable": plain_reference(frame["callable"], setting),
             "args": encode_plain_arguments(positional, keywords, attachments, setting),
         }
-    return {
-        "callable": encode_callable(frame["callable"], attachments),
-        "args": encode_arguments(positional, keywords, attachments),
-    }
+    if part is not None:
+        return {"part": part.claim, "args": encode_arguments(positional, keywords, attachments)}
+    shared: SharedCallable | None = frame.get("shared")
+    described = (
+        shared.describe(attachments)
+        if shared is not None
+        else encode_callable(frame["callable"], attachments)
+    )
+    return {"callable": described, "args": encode_arguments(positional, keywords, attachments)}
 
 
 def encode_arguments(positional: list[Any], keywords: dict[str, Any], attachments: list[Buffer]) -> list[Any]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from wove.delivery import Run
     from wove.frames import Frame
     from wove.policy import DeliveryPolicy
+    from wove.shared_parts import SharedCallable
 
 
 def run_frame(
@@ -20,8 +21,18 @@ def run_frame(
     positional: Sequence[Any],
     keywords: Mapping[str, Any],
     key: str | None = None,
+    shared: SharedCallable | None = None,
 ) -> Frame:
-    """Return the ``run_task`` frame of a run's first attempt; ``key`` is its idempotency key."""
+    """Return the ``run_task`` frame of a run's first attempt.
+
+    Args:
+        run: the run.
+        func: what is called.
+        positional: with what.
+        keywords: with what by name.
+        key: its idempotency key.
+        shared: ``func`` as all the runs of a ``map`` share it.
+    """
     frame: Frame = {
         "type": frames.RUN_TASK,
         "run_id": run.run_id,
@@ -34,6 +45,8 @@ def run_frame(
         frame["positional"] = tuple(positional)
     if key is not None:
         frame["delivery"]["key"] = key
+    if shared is not None:
+        frame["shared"] = shared
     return frame
 
 

@@ -24,6 +24,7 @@ from wove.errors import (
     safe_text,
 )
 from wove.policy import DeliveryPolicy
+from wove.shared_parts import SharedCallable
 from wove.sharing import SharedCalls, sharing_key
 from wove.waiter import Waiter
 from wove.wire import callable_name
@@ -219,6 +220,10 @@ class Dispatcher:
 
     # --- one call ----------------------------------------------------------
 
+    def share(self, func: Callable[..., Any]) -> SharedCallable | None:
+        """Return ``func`` as several calls may share it; None where the executor has no use for that."""
+        return SharedCallable(func) if self.executor.takes_shared else None
+
     async def call(
         self,
         func: Callable[..., Any],
@@ -228,6 +233,7 @@ class Dispatcher:
         task_id: str | None = None,
         settings: Mapping[str, Any] | None = None,
         on_progress: OnProgress | None = None,
+        shared: SharedCallable | None = None,
     ) -> Any:
         """Run ``func`` in the environment and return its result.
 
@@ -250,13 +256,13 @@ class Dispatcher:
                 f"a task's name is a string of at most {MAX_TASK_ID} characters; got {task_id!r:.100}"
             )
         if policy.idempotency_key is None:
-            return await self._in_slot(func, positional, keywords, task_id, policy, on_progress, None)
+            return await self._in_slot(func, positional, keywords, task_id, policy, on_progress, None, shared)
         self._check_usable()
         key = sharing_key(policy.idempotency_key, func, positional, keywords)
         return await self._shared.call(
             key,
             func,
-            lambda report: self._in_slot(func, positional, keywords, task_id, policy, report, key),
+            lambda report: self._in_slot(func, positional, keywords, task_id, policy, report, key, shared),
             patience=policy.timeout,
             on_progress=on_progress,
         )
@@ -276,6 +282,7 @@ class Dispatcher:
         policy: DeliveryPolicy,
         on_progress: OnProgress | None,
         key: str | None,
+        shared: SharedCallable | None,
     ) -> Any:
         self._check_usable()
         if asyncio.get_running_loop() is not self._loop:
@@ -283,7 +290,7 @@ class Dispatcher:
                 f"environment {self.name!r} was started in another event loop: start the runtime in the loop that uses it"
             )
         run = self.table.open(secrets.token_hex(16), task_id or callable_name(func), policy)
-        frame = run_frame(run, func, positional, keywords, key)
+        frame = run_frame(run, func, positional, keywords, key, shared)
         waiter = Waiter(self._loop.create_future(), on_progress)
         if policy.sends_again:
             waiter.frame = frame

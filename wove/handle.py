@@ -22,6 +22,7 @@ from wove.policy import DeliveryPolicy
 
 if TYPE_CHECKING:
     from wove.dispatch import Dispatcher
+    from wove.shared_parts import SharedCallable
     from wove.waiter import OnProgress
 
 P = ParamSpec("P")
@@ -95,8 +96,17 @@ class EnvironmentHandle:
             DeliveryTimeoutError: a delivery deadline passed.
             EncodeError: an argument cannot be sent; nothing was submitted.
         """
+        return await self._run(func, args, kwargs)
+
+    async def _run(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        shared: SharedCallable | None = None,
+    ) -> Any:
         return await self._dispatcher.call(
-            func, args, kwargs, settings=self._settings or None, on_progress=self._on_progress
+            func, args, kwargs, settings=self._settings or None, on_progress=self._on_progress, shared=shared
         )
 
     @overload
@@ -155,7 +165,8 @@ class EnvironmentHandle:
         limit: int,
     ) -> AsyncIterator[Any]:
         window = _Window(limit, ordered=ordered, raise_errors=not return_exceptions)
-        window.feed(items, lambda item: self.run(func, item))
+        shared = self._dispatcher.share(func)
+        window.feed(items, lambda item: self._run(func, (item,), {}, shared))
         try:
             while ready := await window.ready():
                 for task in ready:

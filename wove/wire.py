@@ -27,6 +27,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from wove.buffers import copied
 from wove.decode_limits import Bounds
 from wove.errors import EncodeError, MissingDispatchFeatureError, ProtocolError, safe_text
 from wove.plain_data import (
@@ -110,7 +111,7 @@ def decode_value(descriptor: Any, attachments: Sequence[memoryview]) -> Any:
     """
     codec, parts = _attached(descriptor, attachments)
     if codec == "pickle":
-        buffers = [part if not part.readonly else memoryview(bytearray(part)) for part in parts[1:]]
+        buffers = [part if not part.readonly else copied(part) for part in parts[1:]]
         return pickle.loads(parts[0], buffers=buffers)
     if codec not in ("data", "tagged") or len(parts) != 1:
         raise ProtocolError(f"unknown value codec {safe_text(codec, 40)!r}")

@@ -74,6 +74,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
     """
 
     default_heartbeat_seconds = 15.0
+    takes_shared = True
 
     def __init__(
         self,
@@ -358,7 +359,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             raise SubmitError("the run has ended meanwhile")
         # Before it is submitted: a fast worker may report before the broker has answered us.
         if known is not None:
-            lease.renew_run(known, attempt, built.message)
+            lease.renew_run(known, attempt, built.message, built.part)
         else:
             known = OpenRun(
                 run_id=frame["run_id"],
@@ -369,6 +370,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
                 sink=self._channel.put,
                 max_body=self._max_body,
                 message=built.message,
+                part=built.part,
                 attempt=attempt,
                 heartbeat=delivery.get("heartbeat_seconds"),
                 on_suspect=self._watch.suspect,

@@ -27,6 +27,8 @@ class EnvironmentExecutor(ABC):
     #: Silence allowed once a run has started, in seconds, unless the user sets
     #: ``delivery_heartbeat_seconds``. None: this executor's workers send no heartbeats.
     default_heartbeat_seconds: float | None = None
+    #: Whether ``run_task`` frames may have ``shared``: the callable as all the runs of a ``map`` share it.
+    takes_shared: bool = False
 
     @abstractmethod
     async def start(
