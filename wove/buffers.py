@@ -15,9 +15,9 @@ MAPPED_FROM = 1024 * 1024
 def room(size: int) -> memoryview:
     """Return writable memory of ``size`` bytes, zeroed.
 
-    A large piece is mapped, in huge pages where the system has them: a `bytearray` would be written to once
-    before anything has come, and each of its pages would cost a fault. It belongs to this process alone, and
-    goes with the last object that refers to it.
+    A large piece is mapped: a `bytearray` would be written to once before anything has come. It belongs to this
+    process alone, and goes with the last object that refers to it. Huge pages are not asked for: where memory
+    is handed to a machine as it is touched, a fresh one costs more than the small ones it stands for.
     """
     if size >= MAPPED_FROM:
         with suppress(OSError, AttributeError):  # elsewhere than on Linux
@@ -29,10 +29,7 @@ def _mapped(size: int) -> memoryview:
     import mmap
 
     # Private: what a forked child writes to it must not appear here.
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError, AttributeError):
-        area.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(area)
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def copied(data: Buffer) -> memoryview:
