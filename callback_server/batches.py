@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from wove.callback_server.runs import OpenRuns
     from wove.frames import Frame
+    from wove.shared_parts import Part
 
     #: Takes the slot of the worker, how many runs it has executed, and in how many seconds.
     OnTiming = Callable[[str, int, float], None]
@@ -116,11 +117,11 @@ class Member(OpenRun):
             self.executions = {}
         super().forsake()
 
-    def renew(self, attempt: int, message: list[Buffer] | None) -> None:
+    def renew(self, attempt: int, message: list[Buffer] | None, part: Part | None = None) -> None:
         """Begin another attempt, outside of the batch."""
         if self._batch is not None and self._batch.table is not None:
             self._batch.table.part(self.run_id)
-        super().renew(attempt, message)
+        super().renew(attempt, message, part)
 
 
 def _is_loss(frame: Frame) -> bool:

@@ -29,7 +29,7 @@ _PLAIN_ONLY = 'the environment has "pickle": False and takes'
 
 
 def decode_batch(
-    body: bytearray, codec: str, run_id: str, *, final: bool, plain: bool = False
+    body: bytearray | memoryview, codec: str, run_id: str, *, final: bool, plain: bool = False
 ) -> list[Frame]:
     """Decode the body of an events request whose signature was verified.
 
@@ -78,7 +78,7 @@ class BatchNews(NamedTuple):
     worker: dict[str, Any]
 
 
-def decode_news(body: bytearray, codec: str, batch: OpenBatch, *, final: bool) -> BatchNews:
+def decode_news(body: bytearray | memoryview, codec: str, batch: OpenBatch, *, final: bool) -> BatchNews:
     """Decode the body of an events request of a batch whose signature was verified.
 
     Raises:
@@ -240,7 +240,7 @@ def _frames_of(message: dict[str, Any]) -> list[Frame]:
     return batch
 
 
-def _decode_msgpack(body: bytearray, plain: bool) -> list[Frame]:
+def _decode_msgpack(body: bytearray | memoryview, plain: bool) -> list[Frame]:
     envelope, attachments = unpack_message(body)
     batch = _frames_of(envelope)
     for frame in batch:
@@ -270,7 +270,7 @@ def _decode_result(frame: Frame, attachments: list[memoryview], plain: bool) -> 
         frame.update(type=frames.TASK_ERROR, error=error)
 
 
-def _decode_json(body: bytearray) -> list[Frame]:
+def _decode_json(body: bytearray | memoryview) -> list[Frame]:
     batch = _frames_of(unpack_json(body))
     for frame in batch:
         frame.pop("exception", None)  # objects need a pickle, which JSON peers do not send

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from wove.callback_server.tls import ListenerTls
     from wove.frames import Frame
+    from wove.shared_parts import Part
 
     Sink = Callable[[Iterable[Frame]], bool]
     # With a port of 0, those who speak TLS alike share a listener.
@@ -66,9 +67,11 @@ class Lease:
         """Return the batch in which an open run travels."""
         return self._listener.runs.batch_of(run_id) if self._listener is not None else None
 
-    def renew_run(self, run: OpenRun, attempt: int, message: list[Buffer] | None) -> None:
+    def renew_run(
+        self, run: OpenRun, attempt: int, message: list[Buffer] | None, part: Part | None = None
+    ) -> None:
         """Begin another attempt of an open run; whoever is at an earlier one is told to stop."""
-        run.renew(attempt, message)
+        run.renew(attempt, message, part)
         if self._listener is not None:
             self._listener.wake_run(run)
 

@@ -3,6 +3,7 @@
 ``POST /wove/v1/events/{run_id}``    events of a run, signed with its key
 ``POST /wove/v1/beats``              the open beat: held until a run is cancelled, or its time is up
 ``GET  /wove/v1/payloads/{run_id}``  a message that was too large for the broker
+``GET  /wove/v1/parts/{run_id}``     what the run shares with other runs
 ``POST /wove/v1/failed/{job_id}``    a backend's own word that the run failed (RQ's webhook)
 ``GET  /healthz``                    answers while the listener is alive
 
@@ -26,20 +27,25 @@ from wove import frames
 from wove.callback_server.batches import OpenBatch
 from wove.callback_server.beats import Beats
 from wove.callback_server.decoding import BatchNews, decode_batch, decode_news, open_parked, open_parked_news
-from wove.callback_server.guard import write_part
+from wove.callback_server.guard import LARGE_FROM, send_guarded
 from wove.callback_server.replies import ENDED, gone, reply, unauthorized
 from wove.errors import ProtocolError, cut, lost, normalize_exception
 from wove.security import (
+    event_mac,
     event_tag,
     fetch_tag,
+    part_tag,
     reply_tag,
     same,
     webhook_token,
 )
+from wove.shared_parts import size_of
 from wove.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from typing_extensions import Buffer
 
     from wove.callback_server.contacts import Contacts
     from wove.callback_server.guard import Guard
@@ -50,8 +56,6 @@ logger = logging.getLogger("wove.callback_server")
 
 #: Largest body, in bytes, of a request without an outcome.
 MAX_NEWS = 256 * 1024
-#: Bodies from this size, in bytes, are verified and decoded in a thread of their own.
-THREAD_FROM = 1024 * 1024
 #: Seconds after which a worker may ask again for leave to start.
 ASK_AGAIN = 0.5
 #: Seconds that an outcome gets to arrive after a backend has said that the run failed.
@@ -72,6 +76,7 @@ class Routes:
             web.post("/wove/v1/events/{run_id}", self.events),
             web.post("/wove/v1/beats", Beats(self._runs, self._guard, self._contacts).hold),
             web.get("/wove/v1/payloads/{run_id}", self.payload),
+            web.get("/wove/v1/parts/{run_id}", self.part),
             web.post("/wove/v1/failed/{job_id}", self.failed),
             web.get("/healthz", self.health),
         ]
@@ -87,13 +92,21 @@ class Routes:
         run = self._open_run(request)
         key = _known_key(request, run)
         final = request.headers.get("Wove-Final") == "1"
-        body = await self._guard.read_body(request, run.max_body if final else MAX_NEWS)
         tag = _given_tag(request)
-        if len(body) >= THREAD_FROM:
+        body: bytearray | memoryview
+        if final and (request.content_length or 0) >= LARGE_FROM:
+            # Verified while it comes in, and decoded in a thread of its own.
+            mac = event_mac(key, run.run_id, request.content_type, final)
+            body = await self._guard.read_large(request, run.max_body, mac)
+            if not same(mac.digest(), tag):
+                raise unauthorized(request)
             loop = asyncio.get_running_loop()
-            batch = await loop.run_in_executor(None, _verify_and_decode, request, run, key, tag, final, body)
+            batch = await loop.run_in_executor(None, _decode, request, run, final, body)
         else:
-            batch = _verify_and_decode(request, run, key, tag, final, body)
+            body = await self._guard.read_body(request, run.max_body if final else MAX_NEWS)
+            if not same(event_tag(key, run.run_id, request.content_type, final, [body]), tag):
+                raise unauthorized(request)
+            batch = _decode(request, run, final, body)
         if self._runs.get(run.run_id) is not run:  # closed while the body came in
             raise self._gone(request)
         if isinstance(batch, BatchNews):
@@ -283,18 +296,26 @@ class Routes:
         key = _known_key(request, run)
         if not same(fetch_tag(key, run.run_id), _given_tag(request)):
             raise unauthorized(request)
-        message = run.message
+        return await self._hand_out(request, run, run.message)
+
+    async def part(self, request: web.Request) -> web.StreamResponse:
+        """Send a worker what the run shares with other runs."""
+        run = self._open_run(request)
+        key = _known_key(request, run)
+        if not same(part_tag(key, run.run_id), _given_tag(request)):
+            raise unauthorized(request)
+        return await self._hand_out(request, run, run.part.message if run.part is not None else None)
+
+    async def _hand_out(
+        self, request: web.Request, run: OpenRun, message: list[Buffer] | None
+    ) -> web.StreamResponse:
         if message is None or run.cancelled:
             raise self._gone(request)
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
-        response.content_length = sum(memoryview(part).nbytes for part in message)
+        response.content_length = size_of(message)
         await response.prepare(request)
-        for part in message:
-            view = memoryview(part).cast("B")
-            for at in range(0, len(view), THREAD_FROM):
-                if not await write_part(request, response, view[at : at + THREAD_FROM]):
-                    return response
-        await response.write_eof()
+        if await send_guarded(request, response, message):
+            await response.write_eof()
         return response
 
     # --- the backend's own word -------------------------------------------------
@@ -359,16 +380,13 @@ def _given_tag(request: web.Request) -> bytes:
         return b""
 
 
-def _verify_and_decode(
-    request: web.Request, run: OpenRun, key: bytes, tag: bytes, final: bool, body: bytearray
+def _decode(
+    request: web.Request, run: OpenRun, final: bool, body: bytearray | memoryview
 ) -> list[Frame] | BatchNews:
-    codec = request.content_type
-    if not same(event_tag(key, run.run_id, codec, final, [body]), tag):
-        raise unauthorized(request)
     try:
         if isinstance(run, OpenBatch):
-            return decode_news(body, codec, run, final=final)
-        return decode_batch(body, codec, run.run_id, final=final, plain=run.plain)
+            return decode_news(body, request.content_type, run, final=final)
+        return decode_batch(body, request.content_type, run.run_id, final=final, plain=run.plain)
     except ProtocolError as exc:
         if not final:
             raise web.HTTPBadRequest(text=cut(str(exc), 500)) from None

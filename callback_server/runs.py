@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from wove.callback_server.batches import OpenBatch
     from wove.frames import Frame
     from wove.security import SecretRing
+    from wove.shared_parts import Part
 
 #: Cancelled runs that are remembered for workers which have yet to hear of it.
 MAX_CANCELLED = 4096
@@ -77,6 +78,7 @@ class OpenRun:
             False when nobody listens any more.
         max_body: the largest body, in bytes, of a request with an outcome.
         message: what workers may fetch, or None.
+        part: what they may fetch that other runs have as well, or None.
         attempt: which attempt workers are to make; events of earlier ones count little.
         heartbeat: seconds of silence allowed, or None.
         on_suspect: called in the listener's thread when a process that runs it is gone.
@@ -85,7 +87,7 @@ class OpenRun:
 
     __slots__ = (
         "_keys", "asked_at", "asks", "attempt", "cancelled", "cancelled_at", "closed", "doubtful", "environment", "executions", "heartbeat", "job", "lost", "max_body", "message", "nonce", "obituary",
-        "on_suspect", "opened_at", "plain", "ring", "run_id", "sink", "task_id", "watchers", "worker",
+        "on_suspect", "opened_at", "part", "plain", "ring", "run_id", "sink", "task_id", "watchers", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +101,7 @@ class OpenRun:
         sink: Callable[[Iterable[Frame]], bool],
         max_body: int,
         message: list[Buffer] | None = None,
+        part: Part | None = None,
         attempt: int = 1,
         heartbeat: float | None = None,
         on_suspect: Callable[[OpenRun], None] | None = None,
@@ -112,6 +115,7 @@ class OpenRun:
         self.sink = sink
         self.max_body = max_body
         self.message = message
+        self.part = part
         self.attempt = attempt
         self.heartbeat = heartbeat
         self.on_suspect = on_suspect
@@ -173,10 +177,11 @@ class OpenRun:
                 execution = self.executions[name] = Execution(attempt)
         return execution
 
-    def renew(self, attempt: int, message: list[Buffer] | None) -> None:
+    def renew(self, attempt: int, message: list[Buffer] | None, part: Part | None = None) -> None:
         """Begin another attempt; the executions of earlier ones count no more."""
         self.attempt = attempt
         self.message = message
+        self.part = part
         self.job = f"{self.run_id}-{attempt}"
         self.opened_at = time.monotonic()
         self.obituary = None
@@ -309,7 +314,7 @@ class OpenRuns:
     def _shut(run: OpenRun | None) -> None:
         if run is not None:
             run.closed = True
-            run.message = None
+            run.message = run.part = None
             run.forsake()
             run.executions.clear()
 
@@ -352,7 +357,7 @@ class OpenRuns:
             return
         run.cancelled = True
         run.cancelled_at = time.monotonic()
-        run.message = None
+        run.message = run.part = None
         # Most workers acknowledge; one that died never does, and is forgotten in the end.
         self._cancelled[run_id] = None
         if len(self._cancelled) > MAX_CANCELLED:

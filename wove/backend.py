@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from wove.errors import ConfigurationError, EncodeError
 from wove.security import NONCE_SIZE, SecretRing, run_key, seal_payload, webhook_token
+from wove.shared_parts import FETCH_FROM, Part, as_part, size_of
 from wove.tables import encode_small, pack_table
 from wove.wire import encode_callable, encode_value, pack_message
 
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from wove.frames import Frame
+    from wove.shared_parts import SharedCallable
     from wove.tables import Row
-
-#: Messages from this size, in bytes, do not pass through the broker: workers fetch them.
-FETCH_FROM = 256 * 1024
 
 VERSION = 1
 
@@ -42,11 +41,13 @@ class BuiltPayload:
         blob: the signed bytes for the broker.
         nonce: from which both sides derive the key of the run's events.
         message: what workers fetch, for a message too large for the broker; else None.
+        part: what workers fetch once for several runs, where there is such a thing.
     """
 
     blob: bytes
     nonce: bytes
     message: list[Buffer] | None
+    part: Part | None = None
 
 
 def build_payload(
@@ -79,18 +80,17 @@ def build_payload(
     delivery = frame.get("delivery") or {}
     nonce = nonce or secrets.token_bytes(NONCE_SIZE)
     head = _head(frame, nonce, callback_url, max_body, expires, plain)
-    call = _encode_call(frame, attachments, plain)
+    shared: SharedCallable | None = None if plain else frame.get("shared")
     # Work that may outlive its submitter has to have everything with it.
-    if delivery.get("keep") or sum(memoryview(part).nbytes for part in attachments) < FETCH_FROM:
+    keep = bool(delivery.get("keep"))
+    part = shared.part() if shared is not None and not keep else None
+    call = _encode_call(frame, attachments, plain, part)
+    if keep or size_of(attachments) < FETCH_FROM:
         message = pack_message({**head, **call}, attachments)
-        return BuiltPayload(seal_payload(ring, environment, message), nonce, None)
-    large = pack_message(call, attachments)
-    digest = hashlib.sha256()
-    for part in large:
-        digest.update(part)
-    size = sum(memoryview(part).nbytes for part in large)
-    message = pack_message({**head, "fetch": [size, digest.digest()]}, [])
-    return BuiltPayload(seal_payload(ring, environment, message), nonce, large)
+        return BuiltPayload(seal_payload(ring, environment, message), nonce, None, part)
+    large = as_part(pack_message(call, attachments))
+    message = pack_message({**head, "fetch": large.claim}, [])
+    return BuiltPayload(seal_payload(ring, environment, message), nonce, large.message, part)
 
 
 def _head(
@@ -165,20 +165,33 @@ def build_batch(
     attachments: list[Buffer] = [pack_table(rows)]
     nonce = secrets.token_bytes(NONCE_SIZE)
     head = _head(frame, nonce, callback_url, max_body, expires, plain)
-    described: Any
+    call, part = _encode_shared(frame, attachments, plain)
+    if size_of(attachments) >= FETCH_FROM:
+        raise EncodeError("a batch that does not fit into one message")
+    message = pack_message({**head, **call, "batch": len(rows)}, attachments)
+    return BuiltPayload(seal_payload(ring, environment, message), nonce, None, part)
+
+
+def _encode_shared(
+    frame: Frame, attachments: list[Buffer], plain: bool
+) -> tuple[dict[str, Any], Part | None]:
+    """Encode the callable of a batch."""
     if plain:
         from wove.no_pickle import plain_reference
 
-        described = plain_reference(frame["callable"], 'executor_config["pickle"] is False')
-    else:
-        described = encode_callable(frame["callable"], attachments)
-    if sum(memoryview(part).nbytes for part in attachments) >= FETCH_FROM:
-        raise EncodeError("a batch that does not fit into one message")
-    message = pack_message({**head, "batch": len(rows), "callable": described}, attachments)
-    return BuiltPayload(seal_payload(ring, environment, message), nonce, None)
+        return {"callable": plain_reference(frame["callable"], 'executor_config["pickle"] is False')}, None
+    shared: SharedCallable | None = frame.get("shared")
+    if shared is None:
+        return {"callable": encode_callable(frame["callable"], attachments)}, None
+    part = shared.part()
+    if part is not None:
+        return {"part": part.claim}, part
+    return {"callable": shared.describe(attachments)}, None
 
 
-def _encode_call(frame: Frame, attachments: list[Buffer], plain: bool) -> dict[str, Any]:
+def _encode_call(
+    frame: Frame, attachments: list[Buffer], plain: bool, part: Part | None = None
+) -> dict[str, Any]:
     positional, keywords = list(frame.get("positional", ())), dict(frame["args"])
     if plain:
         from wove.no_pickle import encode_plain_arguments, plain_reference
@@ -188,10 +201,15 @@ def _encode_call(frame: Frame, attachments: list[Buffer], plain: bool) -> dict[s
             "callable": plain_reference(frame["callable"], setting),
             "args": encode_plain_arguments(positional, keywords, attachments, setting),
         }
-    return {
-        "callable": encode_callable(frame["callable"], attachments),
-        "args": encode_arguments(positional, keywords, attachments),
-    }
+    if part is not None:
+        return {"part": part.claim, "args": encode_arguments(positional, keywords, attachments)}
+    shared: SharedCallable | None = frame.get("shared")
+    described = (
+        shared.describe(attachments)
+        if shared is not None
+        else encode_callable(frame["callable"], attachments)
+    )
+    return {"callable": described, "args": encode_arguments(positional, keywords, attachments)}
 
 
 def encode_arguments(positional: list[Any], keywords: dict[str, Any], attachments: list[Buffer]) -> list[Any]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from wove.delivery import Run
     from wove.frames import Frame
     from wove.policy import DeliveryPolicy
+    from wove.shared_parts import SharedCallable
 
 
 def run_frame(
@@ -21,6 +22,7 @@ def run_frame(
     keywords: Mapping[str, Any],
     key: str | None = None,
     said: dict[str, Any] | None = None,
+    shared: SharedCallable | None = None,
 ) -> Frame:
     """Return the ``run_task`` frame of a run's first attempt.
 
@@ -31,6 +33,7 @@ def run_frame(
         keywords: with what by name.
         key: its idempotency key.
         said: what is said of its delivery, shared by all runs that are alike; see :func:`delivery`.
+        shared: ``func`` as all the runs of a ``map`` share it.
     """
     frame: Frame = {
         "type": frames.RUN_TASK,
@@ -44,6 +47,8 @@ def run_frame(
         frame["positional"] = tuple(positional)
     if key is not None:
         frame["delivery"] = {**frame["delivery"], "key": key}
+    if shared is not None:
+        frame["shared"] = shared
     return frame
 
 

@@ -25,6 +25,7 @@ from wove.errors import (
 )
 from wove.policy import DeliveryPolicy
 from wove.run_ids import new_run_id
+from wove.shared_parts import SharedCallable
 from wove.sharing import SharedCalls, sharing_key
 from wove.waiter import Call, Waiter
 from wove.wire import callable_name
@@ -237,6 +238,10 @@ class Dispatcher:
 
     # --- one call ----------------------------------------------------------
 
+    def share(self, func: Callable[..., Any]) -> SharedCallable | None:
+        """Return ``func`` as several calls may share it; None where the executor has no use for that."""
+        return SharedCallable(func) if self.executor.takes_shared else None
+
     async def call(
         self,
         func: Callable[..., Any],
@@ -246,6 +251,7 @@ class Dispatcher:
         task_id: str | None = None,
         settings: Mapping[str, Any] | None = None,
         on_progress: OnProgress | None = None,
+        shared: SharedCallable | None = None,
     ) -> Any:
         """Run ``func`` in the environment and return its result.
 
@@ -264,13 +270,13 @@ class Dispatcher:
                 f"a task's name is a string of at most {MAX_TASK_ID} characters; got {task_id!r:.100}"
             )
         if policy.idempotency_key is None:
-            return await self._in_slot(func, positional, keywords, task_id, policy, on_progress, None)
+            return await self._in_slot(func, positional, keywords, task_id, policy, on_progress, None, shared)
         self._check_usable()
         key = sharing_key(policy.idempotency_key, func, positional, keywords)
         return await self._shared.call(
             key,
             func,
-            lambda report: self._in_slot(func, positional, keywords, task_id, policy, report, key),
+            lambda report: self._in_slot(func, positional, keywords, task_id, policy, report, key, shared),
             patience=policy.timeout,
             on_progress=on_progress,
         )
@@ -290,13 +296,16 @@ class Dispatcher:
         policy: DeliveryPolicy,
         on_progress: OnProgress | None,
         key: str | None,
+        shared: SharedCallable | None,
     ) -> Any:
         self._check_usable()
         if asyncio.get_running_loop() is not self._loop:
             raise WoveError(
                 f"environment {self.name!r} was started in another event loop: start the runtime in the loop that uses it"
             )
-        run, waiter = self._begin(func, positional, keywords, task_id, policy, on_progress, key)
+        run, waiter = self._begin(
+            func, positional, keywords, task_id, policy, on_progress, key, shared=shared
+        )
         try:
             return await waiter.future
         except asyncio.CancelledError as exc:
@@ -324,6 +333,7 @@ class Dispatcher:
         policy: DeliveryPolicy,
         on_progress: OnProgress | None,
         task_id: str,
+        shared: SharedCallable | None,
     ) -> Call:
         """Begin one of many calls of ``func``: what :meth:`call` does, without a task of its own.
 
@@ -335,7 +345,17 @@ class Dispatcher:
         try:
             self._check_usable()
             self._begin(
-                func, (item,), {}, task_id, policy, on_progress, None, mapped=True, run_id=run_id, future=call
+                func,
+                (item,),
+                {},
+                task_id,
+                policy,
+                on_progress,
+                None,
+                mapped=True,
+                run_id=run_id,
+                future=call,
+                shared=shared,
             )
         except Exception as exc:
             if not call.done():
@@ -359,9 +379,10 @@ class Dispatcher:
         mapped: bool = False,
         run_id: str | None = None,
         future: Call | None = None,
+        shared: SharedCallable | None = None,
     ) -> tuple[Run, Waiter]:
         run = self.table.open(run_id or new_run_id(), task_id or callable_name(func), policy)
-        frame = run_frame(run, func, positional, keywords, key, self._delivery(policy, mapped=mapped))
+        frame = run_frame(run, func, positional, keywords, key, self._delivery(policy, mapped=mapped), shared)
         waiter = Waiter(self._loop.create_future() if future is None else future, on_progress)
         if policy.sends_again:
             waiter.frame = frame

@@ -24,6 +24,7 @@ from wove.wire import callable_name
 
 if TYPE_CHECKING:
     from wove.dispatch import Dispatcher
+    from wove.shared_parts import SharedCallable
     from wove.waiter import OnProgress
 
     _Future = asyncio.Future[Any] | Call
@@ -102,8 +103,17 @@ class EnvironmentHandle:
             DeliveryTimeoutError: a delivery deadline passed.
             EncodeError: an argument cannot be sent; nothing was submitted.
         """
+        return await self._run(func, args, kwargs)
+
+    async def _run(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        shared: SharedCallable | None = None,
+    ) -> Any:
         return await self._dispatcher.call(
-            func, args, kwargs, settings=self._settings or None, on_progress=self._on_progress
+            func, args, kwargs, settings=self._settings or None, on_progress=self._on_progress, shared=shared
         )
 
     @overload
@@ -177,10 +187,11 @@ class EnvironmentHandle:
         if not callable(func):
             raise TypeError(f"map() takes a callable, not {type(func).__name__}")
         policy = dispatcher.policy_for(self._settings or None)
+        shared = dispatcher.share(func)
         if dispatcher.begins(policy):
             name = callable_name(func)
-            return lambda item: dispatcher.begin(func, item, policy, on_progress, name)
-        return lambda item: self.run(func, item)
+            return lambda item: dispatcher.begin(func, item, policy, on_progress, name, shared)
+        return lambda item: self._run(func, (item,), {}, shared)
 
 
 class _Window:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: From the bottom up. A module may import what stands below it and what stands beside it.
 LAYERS = (
-    {"errors", "frames", "nonces", "plain_data", "threads"},
+    {"buffers", "errors", "frames", "nonces", "plain_data", "threads"},
     {
         "decode_limits",
         "delivery",
@@ -32,7 +32,7 @@ LAYERS = (
         "tables",
         "wire",
     },
-    {"backend", "exchange"},
+    {"backend", "exchange", "shared_parts"},
     # These four are siblings, which know nothing of each other.
     {"adapters", "callback_server", "executors", "worker"},
     {

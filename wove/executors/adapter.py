@@ -75,6 +75,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
     default_heartbeat_seconds = 15.0
     #: Adapters do by the job's id, and workers ask before they start.
     recognises_repeats = True
+    takes_shared = True
 
     def __init__(
         self,

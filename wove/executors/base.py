@@ -33,6 +33,8 @@ class EnvironmentExecutor(ABC):
     #: Whether a ``run_task`` may be sent a second time, with ``delivery["repeated"]``, after it failed with a
     #: :class:`SubmitError` that may have been accepted. Where not, it is sent as another attempt.
     recognises_repeats: bool = False
+    #: Whether ``run_task`` frames may have ``shared``: the callable as all the runs of a ``map`` share it.
+    takes_shared: bool = False
 
     @abstractmethod
     async def start(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from wove.executors.lane import Lane
     from wove.frames import Frame
     from wove.security import SecretRing
+    from wove.shared_parts import Part
     from wove.tables import Row
 
     #: Called in the caller's loop with what refused a run, or None.
@@ -84,7 +85,9 @@ class Listener(Protocol):
     def open_batch(self, **settings: Any) -> None:
         """Take events for a batch and its members."""
 
-    def renew_run(self, run: Any, attempt: int, message: list[Buffer] | None) -> None:
+    def renew_run(
+        self, run: Any, attempt: int, message: list[Buffer] | None, part: Part | None = None
+    ) -> None:
         """Begin another attempt."""
 
     def close_run(self, run_id: str) -> None:
@@ -480,6 +483,7 @@ class Outbox:
             "args": {},
             "delivery": first["delivery"],
             "runs": len(chunk),
+            "shared": first.get("shared"),
         }
         parcel = Parcel([waiting for waiting, _ in chunk], frame, together=True)
         try:
@@ -535,7 +539,7 @@ class Outbox:
         if known is None:
             self._lease.open_new(**self._settings(frame, built), message=built.message, attempt=attempt)
         elif known.attempt != attempt:
-            self._lease.renew_run(known, attempt, built.message)
+            self._lease.renew_run(known, attempt, built.message, built.part)
         elif not known.cancelled:
             known.message = built.message
 
@@ -552,6 +556,7 @@ class Outbox:
             "heartbeat": (frame.get("delivery") or {}).get("heartbeat_seconds"),
             "on_suspect": self._watch.suspect,
             "plain": terms.plain,
+            "part": built.part,
         }
 
     # --- what became of it -------------------------------------------------------------

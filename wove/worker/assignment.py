@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import hashlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,9 @@ from wove.keyring import current_secrets
 from wove.security import fetch_tag, open_payload, run_key
 from wove.wire import decode_callable, decode_value, unpack_message
 from wove.worker.admission import admission
-from wove.worker.connection import clock_offsets, request, split_url
-from wove.worker.offering import offer, patience
+from wove.worker.connection import clock_offsets, split_url
+from wove.worker.fetching import claimed, fetch
+from wove.worker.parts import shared_part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,14 +28,6 @@ VERSION = 1
 #: Seconds by which a payload must be too old before it is refused for its age: clocks differ.
 EXPIRED_KNOWN = 2.0
 EXPIRED_UNKNOWN = 60.0
-
-
-class NotWanted(Exception):
-    """The callback server knows of the run no more: it was cancelled, or has ended."""
-
-
-class FetchFailed(ConnectionError):
-    """The callback server did not answer for as long as the run was worth: nothing of it ran."""
 
 
 class Assignment:
@@ -130,7 +122,7 @@ class Assignment:
         self._check_version()
         if "fetch" in envelope:
             envelope, attachments = unpack_message(self._fetch(envelope["fetch"]))
-        func, arguments = self._decode(envelope.get("callable"), envelope.get("args"), attachments)
+        func, arguments = self._decode(envelope, attachments)
         if type(arguments) is not list or len(arguments) != 2:
             raise ProtocolError("malformed payload: args")
         self._attachments = []
@@ -159,13 +151,9 @@ class Assignment:
         rows = unpack_table(attachments[0], str)
         if not rows or not all(frames.is_run_id(row[0]) for row in rows):
             raise ProtocolError("malformed payload: the table of a batch")
-        described = self._envelope.get("callable")
         if self._admission.functions is not None:
-            return self._admission.functions.find(described), rows
-        func = decode_callable(described, attachments)
-        if not callable(func):
-            raise TypeError(f"{described!r} is not callable here, but {type(func).__name__}")
-        return func, rows
+            return self._admission.functions.find(self._envelope.get("callable")), rows
+        return self._decode_function(self._envelope, attachments), rows
 
     def decode_row(self, row: Row) -> tuple[Any, Any]:
         """Return the positional and the keyword arguments of one run of a batch.
@@ -192,7 +180,8 @@ class Assignment:
         alone.key = run_key(self._secret, self.environment, run_id, self._nonce)
         return alone
 
-    def _decode(self, described: Any, arguments: Any, attachments: Sequence[memoryview]) -> tuple[Any, Any]:
+    def _decode(self, call: Mapping[str, Any], attachments: Sequence[memoryview]) -> tuple[Any, Any]:
+        described, arguments = call.get("callable"), call.get("args")
         if self._admission.functions is not None:
             from wove.no_pickle import decode_plain
 
@@ -200,37 +189,21 @@ class Assignment:
             func = self._admission.functions.find(described)
             who = "this worker has WOVE_ALLOW and takes"
             return func, decode_plain(arguments, attachments, "the arguments", who)
+        return self._decode_function(call, attachments), decode_value(arguments, attachments)
+
+    def _decode_function(self, call: Mapping[str, Any], attachments: Sequence[memoryview]) -> Any:
+        described = call.get("callable")
+        if "part" in call:
+            part, attachments = unpack_message(shared_part(self, call["part"]))
+            described = part.get("callable")
         func = decode_callable(described, attachments)
         if not callable(func):
             raise TypeError(f"{described!r} is not callable here, but {type(func).__name__}")
-        return func, decode_value(arguments, attachments)
+        return func
 
-    def _fetch(self, claim: Any) -> bytes | bytearray:
-        if (
-            type(claim) is not list
-            or len(claim) != 2
-            or type(claim[0]) is not int
-            or type(claim[1]) is not bytes
-        ):
-            raise ProtocolError("malformed payload: fetch")
-        size, digest = claim
-        headers = {"Wove-Key": self.kid, "Wove-Signature": fetch_tag(self.key, self.run_id).hex()}
-        path = f"{self.path}/wove/v1/payloads/{self.run_id}"
-        reply = offer(
-            lambda: request(self.origin, "GET", path, headers, timeout=30.0, max_reply=size),
-            self,
-            patience(self, time.monotonic(), cancelled=False),
-            "the arguments",
-        )
-        if reply is None:
-            raise FetchFailed(f"the callback server at {self.origin} did not hand out the run's arguments")
-        if reply.status == 410:
-            raise NotWanted
-        if hashlib.sha256(reply.body).digest() != digest:
-            raise ProtocolError(
-                "the run's arguments changed while they were sent: do not modify them meanwhile"
-            )
-        return reply.body
+    def _fetch(self, claim: Any) -> memoryview:
+        size, digest = claimed(claim, "fetch")
+        return fetch(self, "payloads", fetch_tag(self.key, self.run_id), size, digest)
 
     def overdue(self, clock_offset: float, tolerance: float) -> bool:
         """Tell whether nobody can be waiting for the run to start any more.

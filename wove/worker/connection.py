@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from wove.buffers import room
 from wove.worker.transport import TIMEOUT, connect
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from http.client import HTTPConnection, HTTPResponse
 
     from typing_extensions import Buffer
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 SLOWEST = 256 * 1024
 #: Bodies up to this size, in bytes, are sent in one piece.
 SMALL = 64 * 1024
+#: Bytes of a large body that are read, and hashed, at a time.
+PIECE = 1024 * 1024
 #: Origins that a thread keeps a connection to: submitters come and go, workers stay.
 MAX_ORIGINS = 8
 #: Largest reply body that is read, in bytes; fetched payloads say their size beforehand.
@@ -35,7 +38,9 @@ class Reply(NamedTuple):
 
     status: int
     headers: Mapping[str, str]
-    body: bytes | bytearray
+    body: bytes | memoryview
+    #: Of a large body, where it was asked for.
+    digest: bytes | None = None
 
 
 #: Per callback origin: its wall clock minus ours, in seconds, as its last reply told.
@@ -80,6 +85,7 @@ def request(
     *,
     timeout: float = TIMEOUT,
     max_reply: int = MAX_REPLY,
+    hasher: Callable[[], Any] | None = None,
 ) -> Reply:
     """Send a request on this thread's connection and read the reply.
 
@@ -100,7 +106,7 @@ def request(
                 if reused or size <= SMALL:
                     raise
                 # A server that refuses a large body answers before it has all of it.
-            return read_reply(origin, connection.getresponse(), max_reply)
+            return read_reply(origin, connection.getresponse(), max_reply, hasher)
         except (ConnectionError, _bad_status()) as exc:
             connection.close()
             if not reused or isinstance(exc, ConnectionRefusedError):
@@ -158,8 +164,13 @@ def send(
         connection.send(part)
 
 
-def read_reply(origin: str, response: HTTPResponse, max_reply: int = MAX_REPLY) -> Reply:
-    """Read a reply of at most ``max_reply`` bytes."""
+def read_reply(
+    origin: str,
+    response: HTTPResponse,
+    max_reply: int = MAX_REPLY,
+    hasher: Callable[[], Any] | None = None,
+) -> Reply:
+    """Read a reply of at most ``max_reply`` bytes; a large one is hashed while it comes in."""
     down_since.pop(origin, None)
     # Proxies may change the case of names.
     headers = {name.lower(): value for name, value in response.headers.items()}
@@ -175,13 +186,20 @@ def read_reply(origin: str, response: HTTPResponse, max_reply: int = MAX_REPLY) 
     if length is not None and length > max_reply:
         raise ConnectionError(f"the callback server's reply is too long ({length} bytes)")
     if max_reply > MAX_REPLY and length is not None:
-        body = bytearray(length)
-        view, at = memoryview(body), 0
-        while at < length:
-            count = response.readinto(view[at:])
-            if not count:
-                raise ConnectionError("the callback server's reply was cut short")
-            at += count
-        response.close()
-        return Reply(response.status, headers, body)
+        body = _read_large(response, length, digest := hasher() if hasher is not None else None)
+        return Reply(response.status, headers, body, digest.digest() if digest is not None else None)
     return Reply(response.status, headers, response.read(max_reply))
+
+
+def _read_large(response: HTTPResponse, length: int, digest: Any) -> memoryview:
+    body, at = room(length), 0
+    while at < length:
+        # What is hashed meanwhile, the peer can send the next of.
+        count = response.readinto(body[at : at + PIECE])
+        if not count:
+            raise ConnectionError("the callback server's reply was cut short")
+        if digest is not None:
+            digest.update(body[at : at + count])
+        at += count
+    response.close()
+    return body

@@ -304,8 +304,8 @@ class _Held:
         for session in self.sessions:
             session.unwanted = True
 
-    def take(self, body: bytes | bytearray) -> None:
-        for line in body.decode("ascii", "replace").splitlines():
+    def take(self, body: bytes | memoryview) -> None:
+        for line in str(body, "ascii", "replace").splitlines():
             word, _, rest = line.partition(" ")
             execution, _, rest = rest.partition(" ")
             given, _, text = rest.partition(" ")

@@ -6,9 +6,10 @@ import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 from wove.errors import PayloadRejectedError, WoveError
-from wove.worker.assignment import Assignment, FetchFailed, NotWanted
+from wove.worker.assignment import Assignment
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
+from wove.worker.fetching import FetchFailed, NotWanted
 from wove.worker.hooks import BackendHooks
 from wove.worker.pace import measured
 from wove.worker.session import Session
