@@ -1,7 +1,8 @@
 """The worker's HTTP client: keep-alive connections to callback servers.
 
-``http.client`` from the standard library, because its import is nearly free where Celery
-or RQ is loaded, and because a connection must never cross a fork: each thread of each
+``http.client`` from the standard library opens them, because its import is nearly free where
+Celery or RQ is loaded; requests and replies of the usual form are written and read by
+:mod:`wove.worker.plain_http`. A connection must never cross a fork: each thread of each
 process has its own.
 """
 
@@ -12,7 +13,9 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from wove.worker.transport import TIMEOUT, connect
+from wove.worker import plain_http
+from wove.worker.plain_http import SMALL
+from wove.worker.transport import TIMEOUT, connect, leads_straight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,8 +25,6 @@ if TYPE_CHECKING:
 
 #: Bytes a second that a large body is granted on top.
 SLOWEST = 256 * 1024
-#: Bodies up to this size, in bytes, are sent in one piece.
-SMALL = 64 * 1024
 #: Origins that a thread keeps a connection to: submitters come and go, workers stay.
 MAX_ORIGINS = 8
 #: Largest reply body that is read, in bytes; fetched payloads say their size beforehand.
@@ -89,11 +90,14 @@ def request(
     Raises:
         OSError, http.client.HTTPException: no reply was had.
     """
-    size = sum(memoryview(part).nbytes for part in parts)
-    allowed = timeout + size / SLOWEST + max_reply / SLOWEST
+    size = sum([memoryview(part).nbytes for part in parts])
+    allowed = timeout + (size + max_reply) / SLOWEST
     for fresh in (False, True):
         connection, reused = _connection(origin, fresh=fresh)
         try:
+            head = plain_http.head_of(method, path, origin.partition("://")[2], headers, size)
+            if head is not None and leads_straight(connection):
+                return _exchange(connection, origin, method, head, parts, size, allowed, max_reply)
             try:
                 send(connection, method, path, headers, parts, size, allowed)
             except ConnectionError:
@@ -110,6 +114,48 @@ def request(
             connection.close()
             raise
     raise ConnectionError("unreachable")  # the second round either returns or raises
+
+
+def _exchange(
+    connection: HTTPConnection,
+    origin: str,
+    method: str,
+    head: bytes,
+    parts: Sequence[Buffer],
+    size: int,
+    timeout: float,
+    max_reply: int,
+) -> Reply:
+    """Make a request by hand, on a connection that leads straight to the callback server."""
+    reused = connection.sock is not None
+    if not reused:
+        connection.timeout = timeout
+        connection.connect()
+    sock = connection.sock
+    if sock.gettimeout() != timeout:
+        sock.settimeout(timeout)
+    try:
+        plain_http.send(sock, head, parts, size)
+    except ConnectionError:
+        if reused or size <= SMALL:
+            raise
+        # A server that refuses a large body answers before it has all of it.
+    answer = plain_http.read_head(sock)
+    if isinstance(answer, bytes):
+        from wove.worker.early import reply_from
+
+        response = reply_from(answer, sock, method)
+        reply = read_reply(origin, response, max_reply)
+        if response.will_close:
+            connection.close()
+        return reply
+    if answer.length > max_reply:
+        raise ConnectionError(f"the callback server's reply is too long ({answer.length} bytes)")
+    _note(origin, answer.headers)
+    reply = Reply(answer.status, answer.headers, plain_http.read_body(sock, answer))
+    if not plain_http.stays_open(answer):
+        connection.close()
+    return reply
 
 
 def _bad_status() -> type[Exception]:
@@ -160,17 +206,9 @@ def send(
 
 def read_reply(origin: str, response: HTTPResponse, max_reply: int = MAX_REPLY) -> Reply:
     """Read a reply of at most ``max_reply`` bytes."""
-    down_since.pop(origin, None)
     # Proxies may change the case of names.
     headers = {name.lower(): value for name, value in response.headers.items()}
-    sent_at = headers.get("wove-time")
-    if sent_at is not None:
-        try:
-            if len(clock_offsets) > 1_000:
-                clock_offsets.clear()
-            clock_offsets[origin] = float(sent_at) - time.time()
-        except ValueError:
-            pass
+    _note(origin, headers)
     length = response.length
     if length is not None and length > max_reply:
         raise ConnectionError(f"the callback server's reply is too long ({length} bytes)")
@@ -185,3 +223,17 @@ def read_reply(origin: str, response: HTTPResponse, max_reply: int = MAX_REPLY) 
         response.close()
         return Reply(response.status, headers, body)
     return Reply(response.status, headers, response.read(max_reply))
+
+
+def _note(origin: str, headers: Mapping[str, str]) -> None:
+    """Remember what a reply says of its server."""
+    if down_since:
+        down_since.pop(origin, None)
+    sent_at = headers.get("wove-time")
+    if sent_at is not None:
+        try:
+            if len(clock_offsets) > 1_000:
+                clock_offsets.clear()
+            clock_offsets[origin] = float(sent_at) - time.time()
+        except ValueError:
+            pass

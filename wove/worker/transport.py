@@ -37,6 +37,11 @@ def connect(origin: str, timeout: float = TIMEOUT) -> HTTPConnection:
     return http.client.HTTPConnection(host, timeout=timeout)
 
 
+def leads_straight(connection: HTTPConnection) -> bool:
+    """Tell whether what is written to the connection's socket reaches the callback server as it is."""
+    return not hasattr(connection, "forwards")
+
+
 def client_context() -> ssl.SSLContext:
     """Return the TLS settings of this worker: ``WOVE_CA``, ``WOVE_CERT``, ``WOVE_KEY``.
 
@@ -113,6 +118,8 @@ def _through(proxy: str, scheme: str, host: str, origin: str, timeout: float) ->
         return tunnel
 
     class Forwarded(http.client.HTTPConnection):
+        forwards = True
+
         def putrequest(self, method: str, url: str, *args: Any, **kwargs: Any) -> None:
             super().putrequest(method, origin + url, *args, **kwargs)
             for name, value in headers.items():
