@@ -13,6 +13,8 @@ from wove.security import event_tag, same
 from wove.wire import decode_value, unpack_json, unpack_message, unpark
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from wove.callback_server.runs import OpenRun
     from wove.frames import Frame
 
@@ -25,9 +27,7 @@ MAX_EXECUTION = 64
 _PLAIN_ONLY = 'the environment has "pickle": False and takes'
 
 
-def decode_batch(
-    body: bytearray, codec: str, run_id: str, *, final: bool, plain: bool = False
-) -> list[Frame]:
+def decode_batch(body: Buffer, codec: str, run_id: str, *, final: bool, plain: bool = False) -> list[Frame]:
     """Decode the body of an events request whose signature was verified.
 
     Args:
@@ -100,7 +100,7 @@ def _frames_of(message: dict[str, Any]) -> list[Frame]:
     return batch
 
 
-def _decode_msgpack(body: bytearray, plain: bool) -> list[Frame]:
+def _decode_msgpack(body: Buffer, plain: bool) -> list[Frame]:
     envelope, attachments = unpack_message(body)
     batch = _frames_of(envelope)
     for frame in batch:
@@ -130,7 +130,7 @@ def _decode_result(frame: Frame, attachments: list[memoryview], plain: bool) -> 
         frame.update(type=frames.TASK_ERROR, error=error)
 
 
-def _decode_json(body: bytearray) -> list[Frame]:
+def _decode_json(body: Buffer) -> list[Frame]:
     batch = _frames_of(unpack_json(body))
     for frame in batch:
         frame.pop("exception", None)  # objects need a pickle, which JSON peers do not send

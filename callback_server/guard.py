@@ -109,8 +109,12 @@ class Guard:
             return await handler(request)
         finally:
             self._active.discard(protocol)
-            self._used.add(protocol)
-            self._last_seen[protocol] = time.monotonic()
+            self.seen(protocol)
+
+    def seen(self, protocol: Any) -> None:
+        """Note that a connection was used this moment."""
+        self._used.add(protocol)
+        self._last_seen[protocol] = time.monotonic()
 
     async def read_body(self, request: web.Request, limit: int) -> bytearray:
         """Read the request's body.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 from aiohttp import web
 
@@ -10,6 +11,13 @@ from wove.callback_server.guard import refusal
 
 #: Tells a worker that a run is over, and not merely of no interest here.
 ENDED = {"Wove-Ended": "1"}
+
+
+class Answer(NamedTuple):
+    """What is answered to events that were taken, or are not wanted."""
+
+    status: int
+    headers: dict[str, str] = {}  # noqa: RUF012 - never changed
 
 
 def reply(status: int, headers: dict[str, str] | None = None, text: str | None = None) -> web.Response:

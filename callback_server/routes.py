@@ -18,14 +18,14 @@ import asyncio
 import json
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from wove import frames
 from wove.callback_server.beats import Beats
 from wove.callback_server.decoding import decode_batch, open_parked
-from wove.callback_server.replies import ENDED, gone, reply, unauthorized
+from wove.callback_server.replies import ENDED, Answer, gone, reply, unauthorized
 from wove.errors import ProtocolError, cut, lost, normalize_exception
 from wove.security import (
     event_tag,
@@ -38,6 +38,7 @@ from wove.threads import in_thread
 
 if TYPE_CHECKING:
     from wove.callback_server.contacts import Contacts
+    from wove.callback_server.express import Report
     from wove.callback_server.guard import Guard
     from wove.callback_server.runs import Execution, OpenRun, OpenRuns
     from wove.frames import Frame
@@ -50,6 +51,8 @@ MAX_NEWS = 256 * 1024
 THREAD_FROM = 1024 * 1024
 #: Seconds after which a worker may ask again for leave to start.
 ASK_AGAIN = 0.5
+#: The answer to events that were taken.
+TAKEN = Answer(204)
 #: Seconds that an outcome gets to arrive after a backend has said that the run failed.
 FAILURE_GRACE = 1.0
 
@@ -92,26 +95,52 @@ class Routes:
             batch = _verify_and_decode(request, run, key, tag, final, body)
         if self._runs.get(run.run_id) is not run:  # closed while the body came in
             raise self._gone(request)
-        return self._take(request, run, key, tag, batch)
+        return reply(*self._take(request.protocol if request.keep_alive else None, run, key, tag, batch))
 
-    def _take(
-        self, request: web.Request, run: OpenRun, key: bytes, tag: bytes, batch: list[Frame]
-    ) -> web.Response:
+    def take_report(self, connection: Any, report: Report) -> Answer | None:
+        """Take in a report that has come in one piece, by the same checks in the same order.
+
+        Args:
+            connection: by which it came.
+            report: the request.
+
+        Returns:
+            The answer; None for a report that is to go the ordinary way, because something is wrong with it.
+        """
+        run = self._runs.get(report.run_id)
+        key = run.key(report.kid) if run is not None else None
+        if run is None or key is None:
+            return None
+        size = memoryview(report.body).nbytes
+        if size > (run.max_body if report.final else MAX_NEWS) or size >= THREAD_FROM:
+            return None
+        codec, final = report.codec, report.final
+        if not same(event_tag(key, run.run_id, codec, final, [report.body]), report.tag):
+            return None
+        try:
+            batch = decode_batch(report.body, codec, run.run_id, final=final, plain=run.plain)
+        except ProtocolError:
+            return None
+        return self._take(connection, run, key, report.tag, batch)
+
+    def _take(self, connection: Any, run: OpenRun, key: bytes, tag: bytes, batch: list[Frame]) -> Answer:
+        """Take verified events in; ``connection`` is None where it is closed after this."""
         last = batch[-1]
         if last["type"] in frames.TERMINAL:
             return self._end(run, batch)
         name = last.get("execution", "")
         if last.get("fence"):
-            self._check_leave(run, run.executions.get(name), last)
+            refusal = self._check_leave(run, run.executions.get(name), last)
+            if refusal is not None:
+                return refusal
         execution = run.execution(name, last["attempt"])
         if execution is not None:
             if last.get("fence"):
                 execution.retry = _whole(last.get("retry"))
             # Who does not name its execution, or closes its connection, is not known by it.
-            known = name and request.keep_alive
-            self._contacts.heard(request.protocol if known else None, run, execution)
+            self._contacts.heard(connection if name else None, run, execution)
             if execution.over and last["type"] == frames.TASK_RETRY:
-                return reply(204)  # the next execution is at work already
+                return TAKEN  # the next execution is at work already
         if last["attempt"] >= run.attempt and not (execution is not None and execution.over):
             run.worker = last.get("worker", run.worker)
         if last["type"] == frames.TASK_RETRY and execution is not None:
@@ -120,13 +149,13 @@ class Routes:
             run.worker = {}
         run.sink(batch)
         if run.cancelled or last["attempt"] < run.attempt:
-            return reply(200, {"Wove-Cancel": reply_tag(key, tag, b"cancel").hex()})
-        return reply(204)
+            return Answer(200, {"Wove-Cancel": reply_tag(key, tag, b"cancel").hex()})
+        return TAKEN
 
-    def _end(self, run: OpenRun, batch: list[Frame]) -> web.Response:
+    def _end(self, run: OpenRun, batch: list[Frame]) -> Answer:
         last = batch[-1]
         if last["type"] != frames.TASK_RESULT and last["attempt"] < run.attempt:
-            return reply(204)  # a newer attempt is at work
+            return TAKEN  # a newer attempt is at work
         if last["type"] == frames.TASK_ERROR and last["error"].get("source") == "backend":
             # A lost worker is no outcome before the run has no attempt left.
             if run.lost < run.attempt:
@@ -135,12 +164,12 @@ class Routes:
                 run.sink(batch)
         else:
             self._close_with(run, batch)
-        return reply(204)
+        return TAKEN
 
-    def _check_leave(self, run: OpenRun, asking: Execution | None, frame: Frame) -> None:
-        """A worker asks before it starts: may it?"""
+    def _check_leave(self, run: OpenRun, asking: Execution | None, frame: Frame) -> Answer | None:
+        """A worker asks before it starts: say why it may not, or nothing."""
         if frame["attempt"] < run.attempt:
-            raise web.HTTPGone(headers=ENDED)
+            return Answer(410, ENDED)
         if run.cancelled:
             # The run ends here, and never starts.
             self._close_with(
@@ -151,7 +180,7 @@ class Routes:
                     )
                 ],
             )
-            raise web.HTTPGone(headers=ENDED)
+            return Answer(410, ENDED)
         now = time.monotonic()
         since = run.asks.setdefault(frame.get("execution", ""), now)
         retry = _whole(frame.get("retry"))
@@ -162,11 +191,12 @@ class Routes:
                 other.over = True  # the backend itself has given that one up
             elif other.last_contact > since:
                 # It has spoken while this one waited: it is alive.
-                raise web.HTTPConflict
+                return Answer(409)
             elif not other.seems_dead(now):
                 run.asked_at = now
-                raise web.HTTPServiceUnavailable(headers={"Retry-After": str(ASK_AGAIN)})
+                return Answer(503, {"Retry-After": str(ASK_AGAIN)})
         run.asks.clear()
+        return None
 
     def _close_with(self, run: OpenRun, batch: list[Frame]) -> None:
         self._runs.close(run.run_id)
