@@ -51,7 +51,12 @@ def children(pid: int) -> list[int]:
 def process(command: list[str], log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as output:
         started = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **variables}, cwd=HERE
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # A fleet's modules are compiled once, and not by each work horse anew.
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", **variables},
+            cwd=HERE,
         )
     try:
         yield started

@@ -32,7 +32,7 @@ from wove.errors import PayloadRejectedError
 from wove.remote_errors import decode_exception
 from wove.security import find_secrets, open_payload, seal_payload
 from wove.wire import pack_message, unpack_message
-from wove.worker import arun, connection, courier, execution, offering, session
+from wove.worker import arun, beats, connection, courier, execution, offering, session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -883,7 +883,7 @@ class TestBeat:
         beat = server.beat(payload)
         assert beat.request.at - begun > courier.BEAT_AFTER * 0.8
         assert beat.line(payload)[0] == "run"
-        assert beat.hold == courier.HOLD
+        assert beat.hold == beats.HOLD
         assert not running.done()
         GATE.set()
         assert running.result(10) is True

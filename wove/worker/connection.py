@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wove.worker import plain_http
 from wove.worker.plain_http import SMALL
-from wove.worker.transport import TIMEOUT, connect, leads_straight
+from wove.worker.transport import TIMEOUT, connect, leads_straight, open_connection
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -129,8 +129,7 @@ def _exchange(
     """Make a request by hand, on a connection that leads straight to the callback server."""
     reused = connection.sock is not None
     if not reused:
-        connection.timeout = timeout
-        connection.connect()
+        open_connection(connection, timeout)
     sock = connection.sock
     if sock.gettimeout() != timeout:
         sock.settimeout(timeout)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.errors import EncodeError, lost, normalize_exception
-from wove.remote_errors import encode_exception
 from wove.security import event_tag, reply_tag, same
 from wove.wire import encode_value, pack_message, park
 from wove.worker.connection import Reply, clock_offsets, request
@@ -251,6 +250,9 @@ class Session:
         attachments: list[Buffer] = []
         error = normalize_exception(exc, source=source)
         try:
+            # Not with this module: a forking worker would load it for each job that ends well.
+            from wove.remote_errors import encode_exception
+
             described = encode_exception(exc, attachments, plain=self.assignment.plain)
         except Exception:
             described, attachments = [], []
