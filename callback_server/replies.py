@@ -9,6 +9,8 @@ from aiohttp import web
 
 from wove.callback_server.guard import refusal
 
+#: Tells a worker whether anything was withdrawn since a payload was made.
+WITHDRAWN = "Wove-Withdrawn"
 #: Tells a worker that a run is over, and not merely of no interest here.
 ENDED = {"Wove-Ended": "1"}
 

@@ -25,7 +25,7 @@ from aiohttp import web
 from wove import frames
 from wove.callback_server.beats import Beats
 from wove.callback_server.decoding import decode_batch, open_parked
-from wove.callback_server.replies import ENDED, Answer, gone, reply, unauthorized
+from wove.callback_server.replies import ENDED, WITHDRAWN, Answer, gone, reply, unauthorized
 from wove.errors import ProtocolError, cut, lost, normalize_exception
 from wove.security import (
     event_tag,
@@ -95,7 +95,8 @@ class Routes:
             batch = _verify_and_decode(request, run, key, tag, final, body)
         if self._runs.get(run.run_id) is not run:  # closed while the body came in
             raise self._gone(request)
-        return reply(*self._take(request.protocol if request.keep_alive else None, run, key, tag, batch))
+        answer = self._take(request.protocol if request.keep_alive else None, run, key, tag, batch)
+        return reply(answer.status, {**answer.headers, WITHDRAWN: str(self._runs.withdrawn)})
 
     def take_report(self, connection: Any, report: Report) -> Answer | None:
         """Take in a report that has come in one piece, by the same checks in the same order.
@@ -121,7 +122,8 @@ class Routes:
             batch = decode_batch(report.body, codec, run.run_id, final=final, plain=run.plain)
         except ProtocolError:
             return None
-        return self._take(connection, run, key, report.tag, batch)
+        answer = self._take(connection, run, key, report.tag, batch)
+        return Answer(answer.status, {**answer.headers, WITHDRAWN: str(self._runs.withdrawn)})
 
     def _take(self, connection: Any, run: OpenRun, key: bytes, tag: bytes, batch: list[Frame]) -> Answer:
         """Take verified events in; ``connection`` is None where it is closed after this."""
@@ -199,7 +201,7 @@ class Routes:
         return None
 
     def _close_with(self, run: OpenRun, batch: list[Frame]) -> None:
-        self._runs.close(run.run_id)
+        self._runs.close(run.run_id, outcome=True)
         run.sink(batch)
 
     async def take_parked(self, run_id: str, blob: bytes) -> None:

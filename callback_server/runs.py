@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -207,6 +209,10 @@ class OpenRuns:
         self._runs: dict[str, OpenRun] = {}
         self._cancelled: OrderedDict[str, None] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
+        #: Counts what makes payloads that are under way unwanted. It begins anywhere: what another process said
+        #: at this address means nothing here.
+        self.withdrawn = random.getrandbits(48)
+        self._counting = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -223,16 +229,24 @@ class OpenRuns:
         """Take events for ``run`` from now on."""
         self._runs[run.run_id] = run
 
-    def close(self, run_id: str, *, ended: bool = True) -> OpenRun | None:
+    def withdraw(self) -> None:
+        """Let workers ask before they start what was submitted until now. Callable from any thread."""
+        with self._counting:
+            self.withdrawn += 1
+
+    def close(self, run_id: str, *, ended: bool = True, outcome: bool = False) -> OpenRun | None:
         """Take no more events for a run; requests for it are answered 410.
 
         Args:
             run_id: its id.
             ended: whether it is over, and not only of no interest here any more.
+            outcome: whether that is because a worker has ended it.
         """
         self._cancelled.pop(run_id, None)
         run = self._runs.pop(run_id, None)
         if run is not None:
+            if not outcome:
+                self.withdraw()
             run.closed = True
             run.message = None
             run.forsake()
@@ -276,6 +290,7 @@ class OpenRuns:
         if run is None or run.cancelled:
             return
         run.cancelled = True
+        self.withdraw()
         run.cancelled_at = time.monotonic()
         run.message = None
         # Most workers acknowledge; one that died never does, and is forgotten in the end.

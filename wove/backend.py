@@ -57,6 +57,7 @@ def build_payload(
     nonce: bytes | None = None,
     expires: float | None = None,
     plain: bool = False,
+    withdrawn: int | None = None,
 ) -> BuiltPayload:
     """Encode and sign a ``run_task`` frame.
 
@@ -69,6 +70,7 @@ def build_payload(
         nonce: that of the run's earlier attempts, so that what they say can be verified as well.
         expires: seconds after which no worker takes it any more; None for never.
         plain: send the callable by name and plain data only, and ask the worker for the same.
+        withdrawn: how often, so far, the callback server has taken a run back that was submitted.
 
     Raises:
         EncodeError: the callable or an argument cannot be sent; nothing was submitted.
@@ -93,6 +95,8 @@ def build_payload(
         "expires": expires,
         "plain": plain,
     }
+    if withdrawn is not None:
+        head["withdrawn"] = withdrawn
     if delivery.get("key") is not None:
         # By which backends that can do so let runs of other processes share the job.
         head["key"] = delivery["key"]

@@ -131,6 +131,29 @@ def test_a_report_is_taken_at_once(lease: Lease, sink: Sink, taken: list[str]) -
     assert taken == [run.run_id, run.run_id], "what is refused goes the ordinary way"
 
 
+def test_each_answer_tells_whether_anything_was_withdrawn(lease: Lease, sink: Sink) -> None:
+    def told(way: Callable[[bytes], bytes]) -> int:
+        run = open_run(lease, sink)
+        with Line(lease) as line:
+            line.send(way(report(run, result_body(run, 1))))
+            status, headers, _ = line.reply()
+        assert status == 204
+        return int(headers["wove-withdrawn"])
+
+    before = lease.withdrawn
+    assert before == told(lambda request: request) == told(ordinary), "outcomes are no withdrawals"
+    run = open_run(lease, sink)
+    lease.cancel_run(run.run_id)
+    wait_until(lambda: lease.withdrawn == before + 1, "a cancelled run is counted")
+    assert before + 1 == told(lambda request: request) == told(ordinary)
+    lease.close_run(run.run_id)
+    wait_until(lambda: lease.withdrawn == before + 2, "a closed run is counted")
+    run = open_run(lease, sink)
+    lease.renew_run(run, 2, None)
+    assert lease.withdrawn == before + 3
+    assert told(ordinary) == before + 3
+
+
 CASES: dict[str, Callable[[OpenRun], bytes]] = {
     "result": lambda run: report(run, result_body(run, [1, 2])),
     "started": lambda run: report(run, started(run), final=False),

@@ -337,6 +337,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             nonce=self._nonce(frame),
             expires=self._expires,
             plain=self._plain,
+            withdrawn=self._lease.withdrawn if self._lease is not None else None,
         )
 
     def _nonce(self, frame: Frame) -> bytes | None:

@@ -42,6 +42,10 @@ class Reply(NamedTuple):
 #: Per callback origin: its wall clock minus ours, in seconds, as its last reply told.
 clock_offsets: dict[str, float] = {}
 
+#: Per callback origin: when a request was made that told its count of withdrawals, on the monotonic clock,
+#: and that count, as text.
+withdrawals: dict[str, tuple[float, str]] = {}
+
 _NOT_IN_HOST = frozenset(" @?#\\")
 #: Since when, on the monotonic clock, a callback origin has not answered.
 down_since: dict[str, float] = {}
@@ -131,6 +135,7 @@ def _exchange(
     if not reused:
         open_connection(connection, timeout)
     sock = connection.sock
+    begun = time.monotonic()
     if sock.gettimeout() != timeout:
         sock.settimeout(timeout)
     try:
@@ -151,6 +156,7 @@ def _exchange(
     if answer.length > max_reply:
         raise ConnectionError(f"the callback server's reply is too long ({answer.length} bytes)")
     _note(origin, answer.headers)
+    _note_withdrawals(origin, answer.headers, begun)
     reply = Reply(answer.status, answer.headers, plain_http.read_body(sock, answer))
     if not plain_http.stays_open(answer):
         connection.close()
@@ -222,6 +228,14 @@ def read_reply(origin: str, response: HTTPResponse, max_reply: int = MAX_REPLY) 
         response.close()
         return Reply(response.status, headers, body)
     return Reply(response.status, headers, response.read(max_reply))
+
+
+def _note_withdrawals(origin: str, headers: Mapping[str, str], asked_at: float) -> None:
+    withdrawn = headers.get("wove-withdrawn")
+    if withdrawn is not None:
+        if len(withdrawals) > 1_000:
+            withdrawals.clear()
+        withdrawals[origin] = (asked_at, withdrawn)
 
 
 def _note(origin: str, headers: Mapping[str, str]) -> None:

@@ -186,6 +186,7 @@ class Payload:
         timeout: float | None = None,
         secret: str | None = None,
         delivery: dict[str, Any] | None = None,
+        withdrawn: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.run_id = secrets.token_hex(16)
@@ -204,7 +205,9 @@ class Payload:
             },
         }
         ring = find_secrets(secret)
-        built = build_payload(self.frame, environment=ENVIRONMENT, ring=ring, callback_url=callback_url)
+        built = build_payload(
+            self.frame, environment=ENVIRONMENT, ring=ring, callback_url=callback_url, withdrawn=withdrawn
+        )
         self.blob: bytes = built.blob
         self.nonce: bytes = built.nonce
         self.message: list[Buffer] | None = built.message
