@@ -14,6 +14,8 @@ from wove.tables import CANCELLED, ERROR, RETURNED, unpack_table
 from wove.wire import decode_value, unpack_json, unpack_message, unpark
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from wove.callback_server.batches import OpenBatch
     from wove.callback_server.runs import OpenRun
     from wove.frames import Frame
@@ -28,9 +30,7 @@ MAX_EXECUTION = 64
 _PLAIN_ONLY = 'the environment has "pickle": False and takes'
 
 
-def decode_batch(
-    body: bytearray | memoryview, codec: str, run_id: str, *, final: bool, plain: bool = False
-) -> list[Frame]:
+def decode_batch(body: Buffer, codec: str, run_id: str, *, final: bool, plain: bool = False) -> list[Frame]:
     """Decode the body of an events request whose signature was verified.
 
     Args:
@@ -78,7 +78,7 @@ class BatchNews(NamedTuple):
     worker: dict[str, Any]
 
 
-def decode_news(body: bytearray | memoryview, codec: str, batch: OpenBatch, *, final: bool) -> BatchNews:
+def decode_news(body: Buffer, codec: str, batch: OpenBatch, *, final: bool) -> BatchNews:
     """Decode the body of an events request of a batch whose signature was verified.
 
     Raises:
@@ -240,7 +240,7 @@ def _frames_of(message: dict[str, Any]) -> list[Frame]:
     return batch
 
 
-def _decode_msgpack(body: bytearray | memoryview, plain: bool) -> list[Frame]:
+def _decode_msgpack(body: Buffer, plain: bool) -> list[Frame]:
     envelope, attachments = unpack_message(body)
     batch = _frames_of(envelope)
     for frame in batch:
@@ -270,7 +270,7 @@ def _decode_result(frame: Frame, attachments: list[memoryview], plain: bool) -> 
         frame.update(type=frames.TASK_ERROR, error=error)
 
 
-def _decode_json(body: bytearray | memoryview) -> list[Frame]:
+def _decode_json(body: Buffer) -> list[Frame]:
     batch = _frames_of(unpack_json(body))
     for frame in batch:
         frame.pop("exception", None)  # objects need a pickle, which JSON peers do not send

@@ -155,8 +155,14 @@ class Guard:
         finally:
             self._spent.discard(protocol)
             self._active.discard(protocol)
-            self._idle[protocol] = time.monotonic()
-            self._known.add(protocol)  # it may have ended before a look saw it
+            self.seen(protocol)
+
+    def seen(self, protocol: Any) -> None:
+        """Note that a connection was used this moment."""
+        self._silent.pop(protocol, None)
+        self._idle.pop(protocol, None)  # the longest idle one stands first
+        self._idle[protocol] = time.monotonic()
+        self._known.add(protocol)  # it may have ended before a look saw it
 
     async def read_body(self, request: web.Request, limit: int) -> bytearray:
         """Read the request's body. Meanwhile its connection may have to make room, as an idle one has.

@@ -71,6 +71,8 @@ class Lease:
         self, run: OpenRun, attempt: int, message: list[Buffer] | None, part: Part | None = None
     ) -> None:
         """Begin another attempt of an open run; whoever is at an earlier one is told to stop."""
+        if self._listener is not None:
+            self._listener.runs.withdraw()
         run.renew(attempt, message, part)
         if self._listener is not None:
             self._listener.wake_run(run)
@@ -84,6 +86,11 @@ class Lease:
         """Tell a run's worker to stop."""
         if self._listener is not None:
             self._listener.cancel_run(run_id)
+
+    @property
+    def withdrawn(self) -> int | None:
+        """What a payload that is made now is to say of withdrawals."""
+        return self._listener.runs.withdrawn if self._listener is not None else None
 
     def find(self, run_id: str) -> OpenRun | None:
         """Return an open run."""

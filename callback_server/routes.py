@@ -19,7 +19,7 @@ import asyncio
 import json
 import logging
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 
@@ -28,7 +28,7 @@ from wove.callback_server.batches import OpenBatch
 from wove.callback_server.beats import Beats
 from wove.callback_server.decoding import BatchNews, decode_batch, decode_news, open_parked, open_parked_news
 from wove.callback_server.guard import LARGE_FROM, send_guarded
-from wove.callback_server.replies import ENDED, gone, reply, unauthorized
+from wove.callback_server.replies import ENDED, WITHDRAWN, Answer, gone, reply, unauthorized
 from wove.errors import ProtocolError, cut, lost, normalize_exception
 from wove.security import (
     event_mac,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from wove.callback_server.contacts import Contacts
+    from wove.callback_server.express import Report
     from wove.callback_server.guard import Guard
     from wove.callback_server.runs import Execution, OpenRun, OpenRuns
     from wove.frames import Frame
@@ -58,6 +59,8 @@ logger = logging.getLogger("wove.callback_server")
 MAX_NEWS = 256 * 1024
 #: Seconds after which a worker may ask again for leave to start.
 ASK_AGAIN = 0.5
+#: The answer to events that were taken.
+TAKEN = Answer(204)
 #: Seconds that an outcome gets to arrive after a backend has said that the run failed.
 FAILURE_GRACE = 1.0
 
@@ -109,28 +112,64 @@ class Routes:
             batch = _decode(request, run, final, body)
         if self._runs.get(run.run_id) is not run:  # closed while the body came in
             raise self._gone(request)
-        if isinstance(batch, BatchNews):
-            return self._take_news(request, cast(OpenBatch, run), reply_key(key, tag), batch)
-        return self._take(request, run, key, tag, batch)
+        connection = request.protocol if request.keep_alive else None
+        answer = self._take_in(connection, run, key, tag, batch)
+        return reply(
+            answer.status, {**answer.headers, WITHDRAWN: str(self._runs.withdrawn)}, answer.text or None
+        )
 
-    def _take(
-        self, request: web.Request, run: OpenRun, key: bytes, tag: bytes, batch: list[Frame]
-    ) -> web.Response:
+    def take_report(self, connection: Any, report: Report) -> Answer | None:
+        """Take in a report that has come in one piece, by the same checks in the same order.
+
+        Args:
+            connection: by which it came.
+            report: the request.
+
+        Returns:
+            The answer; None for a report that is to go the ordinary way, because something is wrong with it.
+        """
+        run = self._runs.get(report.run_id)
+        key = run.key(report.kid) if run is not None else None
+        if run is None or key is None:
+            return None
+        size = memoryview(report.body).nbytes
+        if size > (run.max_body if report.final else MAX_NEWS) or size >= LARGE_FROM:
+            return None
+        codec, final = report.codec, report.final
+        if not same(event_tag(key, run.run_id, codec, final, [report.body]), report.tag):
+            return None
+        try:
+            batch = _decode_events(report.body, codec, run, final=final)
+        except ProtocolError:
+            return None
+        answer = self._take_in(connection, run, key, report.tag, batch)
+        return Answer(answer.status, {**answer.headers, WITHDRAWN: str(self._runs.withdrawn)}, answer.text)
+
+    def _take_in(
+        self, connection: Any, run: OpenRun, key: bytes, tag: bytes, batch: list[Frame] | BatchNews
+    ) -> Answer:
+        if isinstance(batch, BatchNews):
+            return self._take_news(connection, cast(OpenBatch, run), reply_key(key, tag), batch)
+        return self._take(connection, run, key, tag, batch)
+
+    def _take(self, connection: Any, run: OpenRun, key: bytes, tag: bytes, batch: list[Frame]) -> Answer:
+        """Take verified events in; ``connection`` is None where it is closed after this."""
         last = batch[-1]
         if last["type"] in frames.TERMINAL:
             return self._end(run, batch)
         name = last.get("execution", "")
         if last.get("fence"):
-            self._check_leave(run, run.executions.get(name), last)
+            refusal = self._check_leave(run, run.executions.get(name), last)
+            if refusal is not None:
+                return refusal
         execution = run.execution(name, last["attempt"])
         if execution is not None:
             if last.get("fence"):
                 execution.retry = _whole(last.get("retry"))
             # Who does not name its execution, or closes its connection, is not known by it.
-            known = name and request.keep_alive
-            self._contacts.heard(request.protocol if known else None, run, execution)
+            self._contacts.heard(connection if name else None, run, execution)
             if execution.over and last["type"] == frames.TASK_RETRY:
-                return reply(204)  # the next execution is at work already
+                return TAKEN  # the next execution is at work already
         if last["attempt"] >= run.attempt and not (execution is not None and execution.over):
             run.worker = last.get("worker", run.worker)
         if last["type"] == frames.TASK_RETRY and execution is not None:
@@ -139,13 +178,13 @@ class Routes:
             run.worker = {}
         run.sink(batch)
         if run.cancelled or last["attempt"] < run.attempt:
-            return reply(200, {"Wove-Cancel": reply_tag(key, tag, b"cancel").hex()})
-        return reply(204)
+            return Answer(200, {"Wove-Cancel": reply_tag(key, tag, b"cancel").hex()})
+        return TAKEN
 
-    def _end(self, run: OpenRun, batch: list[Frame]) -> web.Response:
+    def _end(self, run: OpenRun, batch: list[Frame]) -> Answer:
         last = batch[-1]
         if last["type"] != frames.TASK_RESULT and last["attempt"] < run.attempt:
-            return reply(204)  # a newer attempt is at work
+            return TAKEN  # a newer attempt is at work
         if last["type"] == frames.TASK_ERROR and last["error"].get("source") == "backend":
             # A lost worker is no outcome before the run has no attempt left.
             if run.lost < run.attempt:
@@ -154,26 +193,27 @@ class Routes:
                 run.sink(batch)
         else:
             self._close_with(run, batch)
-        return reply(204)
+        return TAKEN
 
     # --- events of a batch ------------------------------------------------------
 
     def _take_news(
-        self, request: web.Request, batch: OpenBatch, sign: Callable[[bytes], str], news: BatchNews
-    ) -> web.Response:
+        self, connection: Any, batch: OpenBatch, sign: Callable[[bytes], str], news: BatchNews
+    ) -> Answer:
         last = news.frames[-1] if news.frames else None
         if last is not None and last["type"] in frames.TERMINAL:
             return self._end_batch(batch, last)
         speaker = last or {"execution": news.execution, "worker": news.worker}
         fence = last is not None and bool(last.get("fence"))
         if fence and last is not None:
-            self._check_leave(batch, batch.executions.get(news.execution), last)
+            refusal = self._check_leave(batch, batch.executions.get(news.execution), last)
+            if refusal is not None:
+                return refusal
         execution = batch.execution(news.execution, 1)
         if execution is not None:
             if fence:
                 execution.retry = _whole(speaker.get("retry"))
-            known = news.execution and request.keep_alive
-            self._contacts.heard(request.protocol if known else None, batch, execution)
+            self._contacts.heard(connection if news.execution else None, batch, execution)
             if not execution.over:
                 batch.worker = batch.last_worker = news.worker or batch.worker
             if last is not None and last["type"] == frames.TASK_RETRY:
@@ -200,15 +240,15 @@ class Routes:
 
     def _answer_news(
         self, batch: OpenBatch, news: BatchNews, sign: Callable[[bytes], str], *, fence: bool
-    ) -> web.Response:
+    ) -> Answer:
         if fence:
             unwanted = self._refuse_members(batch)
         else:
             unwanted = batch.withdrawn[news.heard :]
         if not unwanted:
-            return reply(204)
+            return TAKEN
         text = " ".join(map(str, (len(batch.withdrawn), *unwanted)))
-        return reply(200, {"Wove-Withdrawn": sign(text.encode())}, text=text)
+        return Answer(200, {"Wove-Unwanted": sign(text.encode())}, text)
 
     def _refuse_members(self, batch: OpenBatch) -> list[int]:
         """Return the places of members that may not be started; cancelled ones end here."""
@@ -221,7 +261,7 @@ class Routes:
             batch.sink(over)
         return [place for place, run_id in enumerate(batch.run_ids) if run_id not in batch.pending]
 
-    def _end_batch(self, batch: OpenBatch, last: Frame) -> web.Response:
+    def _end_batch(self, batch: OpenBatch, last: Frame) -> Answer:
         if last["type"] == frames.TASK_ERROR and last["error"].get("source") == "backend":
             if not batch.lost:
                 batch.lost = 1
@@ -229,13 +269,13 @@ class Routes:
                 batch.sink([last])
         else:
             batch.sink([last])
-            self._runs.close(batch.run_id)
-        return reply(204)
+            self._runs.close(batch.run_id, outcome=True)
+        return TAKEN
 
-    def _check_leave(self, run: OpenRun, asking: Execution | None, frame: Frame) -> None:
-        """A worker asks before it starts: may it?"""
+    def _check_leave(self, run: OpenRun, asking: Execution | None, frame: Frame) -> Answer | None:
+        """A worker asks before it starts: say why it may not, or nothing."""
         if frame["attempt"] < run.attempt:
-            raise web.HTTPGone(headers=ENDED)
+            return Answer(410, ENDED)
         if run.cancelled:
             # The run ends here, and never starts.
             self._close_with(
@@ -246,7 +286,7 @@ class Routes:
                     )
                 ],
             )
-            raise web.HTTPGone(headers=ENDED)
+            return Answer(410, ENDED)
         now = time.monotonic()
         since = run.asks.setdefault(frame.get("execution", ""), now)
         retry = _whole(frame.get("retry"))
@@ -257,14 +297,15 @@ class Routes:
                 other.over = True  # the backend itself has given that one up
             elif other.last_contact > since:
                 # It has spoken while this one waited: it is alive.
-                raise web.HTTPConflict
+                return Answer(409)
             elif not other.seems_dead(now):
                 run.asked_at = now
-                raise web.HTTPServiceUnavailable(headers={"Retry-After": str(ASK_AGAIN)})
+                return Answer(503, {"Retry-After": str(ASK_AGAIN)})
         run.asks.clear()
+        return None
 
     def _close_with(self, run: OpenRun, batch: list[Frame]) -> None:
-        self._runs.close(run.run_id)
+        self._runs.close(run.run_id, outcome=True)
         run.sink(batch)
 
     async def take_parked(self, run_id: str, blob: bytes) -> None:
@@ -384,9 +425,7 @@ def _decode(
     request: web.Request, run: OpenRun, final: bool, body: bytearray | memoryview
 ) -> list[Frame] | BatchNews:
     try:
-        if isinstance(run, OpenBatch):
-            return decode_news(body, request.content_type, run, final=final)
-        return decode_batch(body, request.content_type, run.run_id, final=final, plain=run.plain)
+        return _decode_events(body, request.content_type, run, final=final)
     except ProtocolError as exc:
         if not final:
             raise web.HTTPBadRequest(text=cut(str(exc), 500)) from None
@@ -394,9 +433,15 @@ def _decode(
         return [run.event(frames.TASK_ERROR, error=normalize_exception(exc, source="worker"))]
 
 
+def _decode_events(body: Buffer, codec: str, run: OpenRun, *, final: bool) -> list[Frame] | BatchNews:
+    if isinstance(run, OpenBatch):
+        return decode_news(body, codec, run, final=final)
+    return decode_batch(body, codec, run.run_id, final=final, plain=run.plain)
+
+
 def reply_key(key: bytes, request_tag: bytes) -> Callable[[bytes], str]:
     """Return what signs a reply to that request."""
-    return lambda body: reply_tag(key, request_tag, b"withdrawn " + body).hex()
+    return lambda body: reply_tag(key, request_tag, b"unwanted " + body).hex()
 
 
 def _whole(value: object) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import OrderedDict
@@ -223,6 +224,10 @@ class OpenRuns:
         self._lock = threading.Lock()
         self._cancelled: OrderedDict[str, None] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
+        #: Counts what makes payloads that are under way unwanted. It begins anywhere: what another process said
+        #: at this address means nothing here.
+        self.withdrawn = random.getrandbits(48)
+        self._counting = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._runs) + len(self._members)
@@ -254,21 +259,28 @@ class OpenRuns:
         """Take events for ``run`` from now on."""
         self._runs[run.run_id] = run
 
+    def withdraw(self) -> None:
+        """Let workers ask before they start what was submitted until now. Callable from any thread."""
+        with self._counting:
+            self.withdrawn += 1
+
     def add_batch(self, batch: OpenBatch) -> None:
         """Take events for a batch and its members from now on."""
         batch.table = self
         self._members.update(dict.fromkeys(batch.run_ids, batch))
         self._runs[batch.run_id] = batch
 
-    def close(self, run_id: str, *, ended: bool = True, withdrawn: bool = True) -> OpenRun | None:
+    def close(self, run_id: str, *, ended: bool = True, outcome: bool = False) -> OpenRun | None:
         """Take no more events for a run; requests for it are answered 410.
 
         Args:
             run_id: its id, or that of a batch, which ends all of its members.
             ended: whether it is over, and not only of no interest here any more.
-            withdrawn: whether the worker that has it does not know that yet.
+            outcome: whether that is because a worker has ended it.
         """
         batch, run = self._take_out(run_id)
+        if not outcome and (run is not None or batch is not None):
+            self.withdraw()
         if run is not None:
             for member in tuple(getattr(run, "pending", ())):
                 self._shut(self._take_out(member)[1])
@@ -279,10 +291,10 @@ class OpenRuns:
         if run is not None:
             _wake(run)
         if batch is not None:
-            batch.leave(run_id, withdrawn=withdrawn)
+            batch.leave(run_id, withdrawn=not outcome)
             if not batch.pending:
-                self.close(batch.run_id, ended=ended)
-            elif withdrawn:
+                self.close(batch.run_id, ended=ended, outcome=outcome)
+            elif not outcome:
                 _wake(batch)
         return run
 
@@ -293,7 +305,7 @@ class OpenRuns:
         self._shut(self._take_out(run_id)[1])
         self._note_end(run_id, ended=True)
         if not batch.pending:
-            self.close(batch.run_id)
+            self.close(batch.run_id, outcome=True)
         return True
 
     def part(self, run_id: str) -> None:
@@ -303,7 +315,7 @@ class OpenRuns:
         if batch is not None:
             batch.leave(run_id, withdrawn=True)
             if not batch.pending:
-                self.close(batch.run_id, ended=False)
+                self.close(batch.run_id, ended=False, outcome=True)  # whoever renews has said so
 
     def _take_out(self, run_id: str) -> tuple[OpenBatch | None, OpenRun | None]:
         self._cancelled.pop(run_id, None)
@@ -356,6 +368,7 @@ class OpenRuns:
         if run is None or run.cancelled:
             return
         run.cancelled = True
+        self.withdraw()
         run.cancelled_at = time.monotonic()
         run.message = run.part = None
         # Most workers acknowledge; one that died never does, and is forgotten in the end.

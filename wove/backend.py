@@ -60,6 +60,7 @@ def build_payload(
     nonce: bytes | None = None,
     expires: float | None = None,
     plain: bool = False,
+    withdrawn: int | None = None,
 ) -> BuiltPayload:
     """Encode and sign a ``run_task`` frame.
 
@@ -72,6 +73,7 @@ def build_payload(
         nonce: that of the run's earlier attempts, so that what they say can be verified as well.
         expires: seconds after which no worker takes it any more; None for never.
         plain: send the callable by name and plain data only, and ask the worker for the same.
+        withdrawn: how often, so far, the callback server has taken a run back that was submitted.
 
     Raises:
         EncodeError: the callable or an argument cannot be sent; nothing was submitted.
@@ -79,7 +81,7 @@ def build_payload(
     attachments: list[Buffer] = []
     delivery = frame.get("delivery") or {}
     nonce = nonce or secrets.token_bytes(NONCE_SIZE)
-    head = _head(frame, nonce, callback_url, max_body, expires, plain)
+    head = _head(frame, nonce, callback_url, max_body, expires, plain, withdrawn)
     shared: SharedCallable | None = None if plain else frame.get("shared")
     # Work that may outlive its submitter has to have everything with it.
     keep = bool(delivery.get("keep"))
@@ -94,7 +96,13 @@ def build_payload(
 
 
 def _head(
-    frame: Frame, nonce: bytes, callback_url: str, max_body: int | None, expires: float | None, plain: bool
+    frame: Frame,
+    nonce: bytes,
+    callback_url: str,
+    max_body: int | None,
+    expires: float | None,
+    plain: bool,
+    withdrawn: int | None,
 ) -> dict[str, Any]:
     """Return what a payload says of its run beside the call itself."""
     delivery = frame.get("delivery") or {}
@@ -117,6 +125,8 @@ def _head(
         # There may be a copy of it: however young it is, its worker asks before it starts.
         "ask": is_repeated(frame),
     }
+    if withdrawn is not None:
+        head["withdrawn"] = withdrawn
     if delivery.get("key") is not None:
         # By which backends that can do so let runs of other processes share the job.
         head["key"] = delivery["key"]
@@ -146,6 +156,7 @@ def build_batch(
     max_body: int | None = None,
     expires: float | None = None,
     plain: bool = False,
+    withdrawn: int | None = None,
 ) -> BuiltPayload:
     """Sign several runs of one callable together.
 
@@ -158,13 +169,14 @@ def build_batch(
         max_body: the largest request with outcomes, in bytes, that will be taken there.
         expires: seconds after which no worker takes them any more; None for never.
         plain: send the callable by name, and ask the worker for plain data.
+        withdrawn: as for :func:`build_payload`.
 
     Raises:
         EncodeError: the callable cannot be sent, or is too large to travel with the calls.
     """
     attachments: list[Buffer] = [pack_table(rows)]
     nonce = secrets.token_bytes(NONCE_SIZE)
-    head = _head(frame, nonce, callback_url, max_body, expires, plain)
+    head = _head(frame, nonce, callback_url, max_body, expires, plain, withdrawn)
     call, part = _encode_shared(frame, attachments, plain)
     if size_of(attachments) >= FETCH_FROM:
         raise EncodeError("a batch that does not fit into one message")

@@ -76,6 +76,10 @@ class KnownRun(WatchedRun, Protocol):
 class Listener(Protocol):
     """Where runs are opened; see ``wove.callback_server.hub.Lease``."""
 
+    @property
+    def withdrawn(self) -> int | None:
+        """How often, so far, it has taken back what was submitted."""
+
     def find(self, run_id: str) -> KnownRun | None:
         """Return an open run, or batch."""
 
@@ -464,6 +468,7 @@ class Outbox:
                 nonce=self._nonce(waiting.frame),
                 expires=terms.expires,
                 plain=terms.plain,
+                withdrawn=self._lease.withdrawn,
             )
         except Exception as exc:
             parcel.result = exc
@@ -496,6 +501,7 @@ class Outbox:
                 max_body=terms.max_body,
                 expires=terms.expires,
                 plain=terms.plain,
+                withdrawn=self._lease.withdrawn,
             )
         except BaseException:
             # A callable that is too large to travel with others, or cannot be sent: each run finds out by itself.

@@ -58,6 +58,8 @@ class Assignment:
             self.timeout = _seconds(envelope.get("timeout"))
             self.start_timeout = _seconds(envelope.get("start_timeout"))
             self._expires = _seconds(envelope.get("expires"))
+            #: The callback server's count of withdrawals when the payload was made.
+            self.withdrawn: int | None = _optional(envelope.get("withdrawn"), int)
             #: Outcomes are to be plain data: for the submitter's sake, or for that of this worker's list.
             self.plain = envelope.get("plain") is True or self._admission.functions is not None
             self.keep = envelope.get("keep") is True

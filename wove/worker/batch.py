@@ -309,11 +309,11 @@ class BatchSession(Session):
         return _News(rows, executed, busy, pack_message(envelope, [pack_table(rows)] if rows else []))
 
     def _heed(self, reply: Reply, tag: bytes) -> None:
-        given = reply.headers.get("wove-withdrawn")
+        given = reply.headers.get("wove-unwanted")
         if given is None:
             return
         text = bytes(reply.body)
-        expected = reply_tag(self.assignment.key, tag, b"withdrawn " + text).hex().encode()
+        expected = reply_tag(self.assignment.key, tag, b"unwanted " + text).hex().encode()
         if same(expected, given.encode("ascii", "replace")):
             self.withdraw(text.decode("ascii"))
 

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.errors import EncodeError, lost, normalize_exception
-from wove.remote_errors import encode_exception
 from wove.security import event_tag, reply_tag, same
 from wove.wire import encode_value, pack_message, park
 from wove.worker import offering
-from wove.worker.connection import Reply, clock_offsets, request
+from wove.worker.connection import Reply, clock_offsets, request, withdrawals
 from wove.worker.context import RunContext
 from wove.worker.offering import offer, patience, retry_after
 from wove.worker.pace import is_short
@@ -31,6 +30,10 @@ logger = logging.getLogger("wove.worker")
 
 #: A payload younger than this, in seconds, starts without asking: hardly anybody had time to cancel it.
 FRESH = 0.01
+#: A payload younger than this, in seconds, also starts without asking when its callback server has taken no
+#: run back since it was made, as one of its replies has told within so many seconds.
+SETTLED = 30.0
+RECENT = 0.02
 #: Seconds by which a deadline must be over, where the submitter's clock is known and where not.
 OVERDUE_KNOWN = 2.0
 OVERDUE_UNKNOWN = 10.0
@@ -102,7 +105,8 @@ class Session:
         """Ask whether the run is still wanted, where it may not be.
 
         A run that waited long enough to be cancelled, or that the broker delivers again,
-        is asked for; one that was submitted this moment is not, to save the round trip.
+        is asked for; one that was submitted this moment is not, to save the round trip, nor one
+        of many that were submitted together when none of them was cancelled.
         Without an answer the task is run: a callback server that is out for a moment
         must not lose work. But not when the caller's deadline is over, too: then it has
         given up, and gone.
@@ -118,13 +122,24 @@ class Session:
         self._retry = redelivered if type(redelivered) is int else 0
         offset = clock_offsets.get(self.assignment.origin)
         unseen = unseen and not is_short(self.assignment.function)
-        if not (redelivered or self.assignment.ask or unseen) and offset is not None:
-            age = time.time() + offset - self.assignment.sent_at
-            if abs(age) < FRESH:
-                return True
+        unasked = offset is not None and not (redelivered or self.assignment.ask or unseen)
+        age = time.time() + (offset or 0.0) - self.assignment.sent_at
+        if unasked and abs(age) < FRESH:
+            return True
         if offset is not None and self.assignment.overdue(offset, OVERDUE_KNOWN):
             return False
+        if unasked and -FRESH < age < SETTLED and self._nothing_withdrawn():
+            return True
         return self._ask(offset)
+
+    def _nothing_withdrawn(self) -> bool:
+        """Tell whether no run was cancelled, closed or submitted again since the payload was made."""
+        task = self.assignment
+        # What others share, or what outlives its submitter, is another matter.
+        if task.withdrawn is None or task.shared_by is not None or task.keep:
+            return False
+        told_at, withdrawn = withdrawals.get(task.origin, (0.0, ""))
+        return withdrawn == str(task.withdrawn) and time.monotonic() - told_at < RECENT
 
     def _ask(self, offset: float | None) -> bool:
         give_up = time.monotonic() + ASK_PATIENCE
@@ -279,6 +294,9 @@ class Session:
         attachments: list[Buffer] = []
         error = normalize_exception(exc, source=source)
         try:
+            # Not with this module: a forking worker would load it for each job that ends well.
+            from wove.remote_errors import encode_exception
+
             described = encode_exception(exc, attachments, plain=self.assignment.plain)
         except Exception:
             described, attachments = [], []
