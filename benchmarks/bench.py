@@ -44,7 +44,8 @@ def main() -> int:
     BUILD.mkdir(parents=True, exist_ok=True)
     scale = SCALES[arguments.scale]
     if arguments.rounds:
-        scale = replace(scale, rounds=arguments.rounds, few_rounds=arguments.rounds)
+        number = arguments.rounds
+        scale = replace(scale, rounds=number, few_rounds=number, light_rounds=number)
     stages = [stage for stage in STAGES if not arguments.only or stage.key in arguments.only]
     report = Report.begin(scale.name, command_line())
     with Bench(scale, None if arguments.no_peer else peer_python()) as bench:

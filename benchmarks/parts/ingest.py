@@ -23,7 +23,7 @@ def ingest_rows(bench: Bench) -> list[Row]:
     many = Row(f"ingest-{MANY}", group, f"frames/s, {MANY} a request: progress", "/s")
     cost = Row("ingest-1-cpu", group, "the server's processor time for a request with one frame", "us")
     requests = bench.scale.requests
-    for _ in range(bench.scale.few_rounds + 1):
+    for _ in range(bench.scale.light_rounds):
         for name in ["peer", "wove"] if bench.peer_python else ["wove"]:
             seconds, cpu = _measure(bench, name, requests, 1)
             one.add(name, requests / seconds)

@@ -78,7 +78,7 @@ def start_rows(bench: Bench) -> list[Row]:
     first = Row("start-first", group, "first in a process, imports of Celery and all", "ms")
     second = Row("start-second", group, "second, after the first was stopped", "ms", [Want(2.0)])
     beside = Row("start-beside", group, "second, while the first goes on", "ms", [Want(2.0)])
-    for number in range(bench.scale.few_rounds + 3):
+    for number in range(bench.scale.light_rounds + 1):
         for name in _contenders(bench):
             figures = _lonely(bench, name, "starts")
             if number:

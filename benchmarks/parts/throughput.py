@@ -150,7 +150,7 @@ def stall_rows(fleet: Fleet) -> list[Row]:
     def turn(lane: Lane) -> Iterator[tuple[Row, str, float]]:
         yield row, lane.name, lane.work("stall", count=scale.stalls)["stall"]
 
-    fleet.race(scale.few_rounds + 2, turn)
+    fleet.race(scale.light_rounds, turn)
     row.failures.update(fleet.failures())
     return [row]
 
