@@ -34,7 +34,7 @@ class Lane:
     failure: str | None = None
 
     def work(self, do: str, **options: Any) -> dict[str, Any]:
-        """Have the caller do something; ``cpu`` then holds the seconds of caller and workers together.
+        """Have the caller do something; ``caller_cpu`` and ``worker_cpu`` then hold processor seconds.
 
         Raises:
             BenchError: it fails.
@@ -42,7 +42,8 @@ class Lane:
         before = processor_seconds(self.worker.members())
         figures = self.caller.ask(do, **options)
         if "cpu" in figures:
-            figures["cpu"] += processor_seconds(self.worker.members()) - before
+            figures["caller_cpu"] = figures.pop("cpu")
+            figures["worker_cpu"] = processor_seconds(self.worker.members()) - before
         return figures
 
 

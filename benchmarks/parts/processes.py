@@ -46,7 +46,12 @@ def prepare_environment() -> None:
     Byte code is written: a worker that compiles its modules anew with every start would be measured for that. And
     nothing comes in by the path: 2.0.3 would find this project instead of itself.
     """
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    for name in list(os.environ):
+        # The settings of whoever runs this would be those of all workers.
+        if name == "PYTHONDONTWRITEBYTECODE" or name.startswith(
+            ("CELERY_", "RQ_", "WOVE_CALLBACK", "WOVE_ALLOW")
+        ):
+            del os.environ[name]
     os.environ["PYTHONPATH"] = str(REMOTE)
     os.environ["WOVE_SECRET"] = SECRET
 
@@ -152,15 +157,11 @@ def processor_seconds(pids: Iterable[int]) -> float:
     return total / _TICKS
 
 
-def memory(pids: Iterable[int], field: str) -> int:
-    """Return the largest of these processes' ``VmRSS`` or ``VmHWM``, in bytes."""
-    largest = 0
-    for pid in pids:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text("utf-8", "replace")
-        except OSError:
-            continue
-        for line in status.splitlines():
-            if line.startswith(f"{field}:"):
-                largest = max(largest, int(line.split()[1]) * 1024)
-    return largest
+def memory(pid: int, field: str) -> int:
+    """Return a process's ``VmRSS`` or ``VmHWM`` in bytes, 0 when it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text("utf-8", "replace")
+    except OSError:
+        return 0
+    found = [line for line in status.splitlines() if line.startswith(f"{field}:")]
+    return int(found[0].split()[1]) * 1024 if found else 0

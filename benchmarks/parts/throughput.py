@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
     from parts.fleets import Fleet, Lane
 
-Figures = "Iterator[tuple[Row, str, float]]"
-
 #: Items of the ``map`` by which is found out how many are worth a measurement.
 SOUNDING = 300
 NAP_SECONDS = 0.1
 THREADS = 50
+#: Whose processor time is measured.
+WHO = ("caller", "worker")
 CELERY, FORK, SIMPLE = "Celery, prefork x2", "RQ, a fork per job", "RQ, SimpleWorker"
 
 
@@ -75,14 +75,17 @@ class _Rows:
         self.batched = Row(f"{key}-map", group, "", "/s")
         self.p50 = Row(f"{key}-p50", group, f"one call after another ({calls:,}), p50", "ms")
         self.p99 = Row(f"{key}-p99", group, "the same, p99", "ms")
-        self.cpu = Row(
-            f"{key}-cpu", group, "processor time of a no-op at once, caller and workers together", "us"
-        )
-        self.map_cpu = Row(f"{key}-map-cpu", group, "processor time of an item of the `map`", "us")
+        self.cpu = [
+            Row(f"{key}-{who}-cpu", group, f"processor time of a no-op at once, {who}", "us") for who in WHO
+        ]
+        self.map_cpu = [
+            Row(f"{key}-map-{who}-cpu", group, f"processor time of an item of the `map`, {who}", "us")
+            for who in WHO
+        ]
 
     def all(self) -> list[Row]:
         """Return them in the order of the table."""
-        return [self.unbatched, self.batched, self.p50, self.p99, self.cpu, self.map_cpu]
+        return [self.unbatched, self.batched, self.p50, self.p99, *self.cpu, *self.map_cpu]
 
     def measure(self, columns: dict[str, str], others: dict[str, _Rows] | None = None) -> None:
         """Measure all lanes of the fleet in turn.
@@ -113,22 +116,27 @@ class _Rows:
     def sound(self, lanes: list[Lane]) -> None:
         """Find out how many items a ``map`` is measured with."""
         scale = self._fleet.bench.scale
+        least = min(SOUNDING, scale.items, self._count)
         for lane in lanes:
-            first = min(SOUNDING, scale.items, self._count)
-            for _ in range(2):
-                rate = first / lane.work("map", count=first)["seconds"]
-            self._items = max(first, min(scale.items, int(rate * scale.map_seconds)))
+            # More than once: batches grow with what was seen, and only where there is enough to batch.
+            count, self._items = 0, least
+            while self._items > 2 * count:
+                count = self._items
+                rate = count / lane.work("map", count=count)["seconds"]
+                self._items = max(least, min(scale.items, int(rate * scale.map_seconds)))
         self.batched.title = f"`map` over {self._items:,} items, against calls at once"
 
     def turn(self, lane: Lane, column: str) -> Iterator[tuple[Row, str, float]]:
         """Measure one lane once."""
         figures = lane.work("throughput", count=self._count)
         yield self.unbatched, column, self._count / figures["seconds"]
-        yield self.cpu, column, 1e6 * figures["cpu"] / self._count
+        for row, who in zip(self.cpu, WHO, strict=True):
+            yield row, column, 1e6 * figures[f"{who}_cpu"] / self._count
         if column == "wove":
             figures = lane.work("map", count=self._items)
             yield self.batched, column, self._items / figures["seconds"]
-            yield self.map_cpu, column, 1e6 * figures["cpu"] / self._items
+            for row, who in zip(self.map_cpu, WHO, strict=True):
+                yield row, column, 1e6 * figures[f"{who}_cpu"] / self._items
         figures = lane.work("latency", count=self._calls)
         yield self.p50, column, figures["p50"]
         yield self.p99, column, figures["p99"]
@@ -169,6 +177,8 @@ def window_rows(fleet: Fleet) -> list[Row]:
     def turn(lane: Lane) -> Iterator[tuple[Row, str, float]]:
         small = lane.work("window", count=calls, limit=few)
         large = lane.work("window", count=many, limit=many)
+        for figures in (small, large):
+            figures["cpu"] = sum(figures[f"{who}_cpu"] for who in WHO)
         for row, what in ((wall, "seconds"), (own, "cpu")):
             yield row, lane.name, (large[what] / many) / (small[what] / calls)
 

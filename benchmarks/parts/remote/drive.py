@@ -58,6 +58,8 @@ async def main(replies):
             answer = {"error": f"{type(exc).__name__}: {exc}"[:300]}
         # Not the figure's business: an answer is written between two measurements.
         await asyncio.to_thread(partial(print, json.dumps(answer), file=replies, flush=True))
+    # What is still connected goes with the process: whoever asks has all figures.
+    os._exit(0)
 
 
 if __name__ == "__main__":
@@ -65,5 +67,3 @@ if __name__ == "__main__":
     with os.fdopen(os.dup(1), "w") as stream:
         os.dup2(2, 1)
         asyncio.run(main(stream))
-    # What is still connected goes with the process: whoever asks has all figures.
-    os._exit(0)
