@@ -111,11 +111,11 @@ class Fleet:
                     lane.failure = str(exc)
                     say(f"out of the race: {exc}")
 
-    def warm_up(self, count: int) -> None:
+    def warm_up(self, count: int, do: str = "throughput") -> None:
         """Have each lane do something before it is measured."""
 
         def warm(lane: Lane) -> Iterator[tuple[Row, str, float]]:
-            lane.work("throughput", count=count)
+            lane.work(do, count=count)
             lane.work("latency", count=max(2, count // 10))
             yield from ()
 

@@ -198,7 +198,7 @@ def threads_rows(fleet: Fleet) -> list[Row]:
         f"{scale.naps:,} tasks of 100 ms: share of the ideal {ideal:g} s",
         "%",
     )
-    fleet.warm_up(max(4, scale.naps // 4))
+    fleet.warm_up(max(4, scale.naps // 10), "naps")
 
     def turn(lane: Lane) -> Iterator[tuple[Row, str, float]]:
         yield row, lane.name, 100 * ideal / lane.work("naps", count=scale.naps)["seconds"]
