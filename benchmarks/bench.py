@@ -30,15 +30,14 @@ from parts.stages import STAGES, Stage
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RESULTS = "results.json"
-
 
 def main() -> int:
     """Measure, write what was found, and say what was reached; 1 when something could not be measured."""
     arguments = parse()
     folder = BUILD if arguments.output is None else arguments.output
+    kept = BUILD / f"results-{arguments.scale}.json"
     if arguments.readme:
-        write_readme(Report.load(BUILD / RESULTS))
+        write_readme(Report.load(kept))
         return 0
     prepare_environment()
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -57,7 +56,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     report.write(folder)
     if whole:
-        (BUILD / RESULTS).write_text(json.dumps(report.to_dict(), indent=1), "utf-8")
+        kept.write_text(json.dumps(report.to_dict(), indent=1), "utf-8")
     print(report.summary())
     say(f"written to {os.path.relpath(folder / 'RESULTS.md')}")
     return 1 if failed else 0
@@ -82,7 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--readme",
         action="store_true",
-        help="measure nothing: write the last whole run's figures into README.md",
+        help="measure nothing: write the figures of the last whole run of that scale into README.md",
     )
     return parser.parse_args()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from parts.figures import Row, Want
+from parts.figures import CONTENDERS, Row, Want
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,22 +22,19 @@ CELERY, FORK, SIMPLE = "Celery, prefork x2", "RQ, a fork per job", "RQ, SimpleWo
 
 def celery_rows(fleet: Fleet) -> list[Row]:
     """No-ops on Celery."""
-    scale = fleet.bench.scale
-    rows = _Rows("celery", CELERY, fleet, scale.celery, scale.calls)
-    rows.unbatched.wants = [Want(1.2, "raw"), Want(2.4, "peer")]
-    rows.batched.wants = [Want(20, "raw")]
+    rows = _Rows("celery", CELERY, fleet, fleet.bench.scale.celery, fleet.bench.scale.calls)
+    rows.ask(1.2)
+    rows.unbatched.wants.append(Want(2.4, "peer"))
     rows.p50.wants = [Want(1.0, "raw")]
-    rows.measure({"raw": "raw", "peer": "peer", "wove": "wove"})
+    rows.measure()
     return rows.all()
 
 
 def rq_simple_rows(fleet: Fleet) -> list[Row]:
     """No-ops on RQ's SimpleWorker, which runs jobs in its own process."""
-    scale = fleet.bench.scale
-    rows = _Rows("rq-simple", SIMPLE, fleet, scale.simple, scale.calls)
-    rows.unbatched.wants = [Want(1.0, "raw")]
-    rows.batched.wants = [Want(20, "raw")]
-    rows.measure({"raw": "raw", "peer": "peer", "wove": "wove"})
+    rows = _Rows("rq-simple", SIMPLE, fleet, fleet.bench.scale.simple, fleet.bench.scale.calls)
+    rows.ask(1.0)
+    rows.measure()
     return rows.all()
 
 
@@ -47,10 +44,9 @@ def rq_fork_rows(fleet: Fleet) -> list[Row]:
     calls = max(2, scale.calls // 5)
     rows = _Rows("rq-fork", FORK, fleet, scale.fork, calls)
     preloaded = _Rows("rq-preloaded", f"{FORK}, `rq worker -c wove.worker.rq`", fleet, scale.fork, calls)
-    for both in (rows, preloaded):
-        both.unbatched.wants = [Want(1.0, "raw")]
-        both.batched.wants = [Want(20, "raw")]
-    rows.measure({"raw": "raw", "peer": "peer", "wove": "wove"}, others={"preloaded": preloaded})
+    rows.ask(1.0)
+    preloaded.ask(1.0)
+    rows.measure(others={"preloaded": preloaded})
     for row, other in zip(rows.all(), preloaded.all(), strict=True):
         # Raw RQ and 2.0.3 were measured once, in the same rounds.
         for name in ("raw", "peer"):
@@ -87,15 +83,16 @@ class _Rows:
         """Return them in the order of the table."""
         return [self.unbatched, self.batched, self.p50, self.p99, *self.cpu, *self.map_cpu]
 
-    def measure(self, columns: dict[str, str], others: dict[str, _Rows] | None = None) -> None:
-        """Measure all lanes of the fleet in turn.
+    def ask(self, over_raw: float) -> None:
+        """Say by what factor calls at once have to be better than raw ones; the batched ones are asked for the same everywhere."""
+        self.unbatched.wants = [Want(over_raw, "raw")]
+        self.batched.wants = [Want(20, "raw")]
 
-        ``columns`` says which lane fills which column of these rows, ``others`` which lanes fill the column of this
-        project in rows of their own.
-        """
+    def measure(self, others: dict[str, _Rows] | None = None) -> None:
+        """Measure all lanes of the fleet in turn; ``others`` says which lanes have rows of their own."""
         fleet, scale = self._fleet, self._fleet.bench.scale
         fleet.warm_up(max(4, self._count // 4))
-        sets: dict[str, tuple[_Rows, str]] = {lane: (self, column) for lane, column in columns.items()}
+        sets: dict[str, tuple[_Rows, str]] = {name: (self, name) for name in CONTENDERS}
         sets.update({lane: (rows, "wove") for lane, rows in (others or {}).items()})
         for rows in {id(rows): rows for rows, _ in sets.values()}.values():
             lane = next(lane for lane, (its, column) in sets.items() if its is rows and column == "wove")
