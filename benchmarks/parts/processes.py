@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1]
 REMOTE = Path(__file__).resolve().parent / "remote"
 #: What is made and may be deleted.
 BUILD = BENCHMARKS.parent / "build" / "bench"
-SECRET = "a-secret-for-benchmarks-only"
+SECRET = "a-secret-for-benchmarks-only-which-is-long-enough"
 ANSWER_SECONDS = 600.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
