@@ -13,7 +13,7 @@ from parts.processes import REMOTE, BenchError, Child, processor_seconds, say
 from wove.demo.processes import CeleryWorker, ProcessError, RedisServer, RqWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Self
 
     from parts.figures import Row
@@ -140,10 +140,15 @@ class FleetStarter:
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
-    def celery(self, pool: str = "prefork", concurrency: int = 2) -> Fleet:
-        """Start Celery workers for all contenders."""
+    def celery(
+        self,
+        pool: str = "prefork",
+        concurrency: int = 2,
+        contenders: Sequence[str] = ("raw", "peer", "wove"),
+    ) -> Fleet:
+        """Start Celery workers for these contenders."""
         common: dict[str, Any] = {"pool": pool, "concurrency": concurrency, "cwd": REMOTE}
-        for name in self._contenders("raw", "peer", "wove"):
+        for name in self._contenders(*contenders):
             url = self._bench.redis_url()
             env = {"BENCH_REDIS_URL": url}
             if name == "wove":

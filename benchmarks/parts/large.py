@@ -11,7 +11,7 @@ from parts.processes import memory, say
 if TYPE_CHECKING:
     from parts.fleets import Bench, Lane
 
-CALLS = 2
+MEBIBYTE = 1024 * 1024
 
 
 def array_rows(bench: Bench) -> list[Row]:
@@ -28,24 +28,23 @@ def array_rows(bench: Bench) -> list[Row]:
     def measure(lane: Lane) -> None:
         lane.work("array", mebibytes=1)  # imports NumPy on both sides
         before = {pid: memory(pid, "VmRSS") for pid in lane.worker.members()}
-        takes = [lane.work("array", mebibytes=size) for _ in range(CALLS)]
-        seconds.add(lane.name, takes[0]["seconds"])
-        again.add(lane.name, takes[1]["seconds"])
-        arrays = size * 1024 * 1024
-        caller.add(lane.name, takes[0]["grown"] / arrays)
+        figures = lane.work("array", mebibytes=size)
         grown = max(memory(pid, "VmHWM") - resident for pid, resident in before.items())
-        worker.add(lane.name, grown / arrays)
+        seconds.add(lane.name, figures["seconds"])
+        caller.add(lane.name, figures["grown"] / MEBIBYTE / size)
+        worker.add(lane.name, grown / MEBIBYTE / size)
+        again.add(lane.name, lane.work("array", mebibytes=size)["seconds"])
 
     for number in range(bench.scale.few_rounds):
         say(f"  array: round {number + 1} of {bench.scale.few_rounds}")
         with FleetStarter(bench) as starter:
-            fleet = starter.celery(concurrency=1)
+            fleet = starter.celery(concurrency=1, contenders=("peer", "wove"))
 
             def turn(lane: Lane) -> tuple[()]:
                 measure(lane)
                 return ()
 
-            fleet.race(1, turn, "peer", "wove")
+            fleet.race(1, turn)
             for row in rows:
                 row.failures.update(fleet.failures())
     return rows

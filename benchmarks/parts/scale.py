@@ -52,7 +52,7 @@ FULL = Scale(
 )  # fmt: skip
 QUICK = Scale(
     "quick", rounds=3, few_rounds=1, light_rounds=3, celery=300, simple=200, fork=50, items=10_000, map_seconds=0.7, calls=100,
-    naps=1000, mebibytes=64, stalls=500, held=10_000, requests=1600, imports=3,
+    naps=1000, mebibytes=64, stalls=500, held=4000, requests=800, imports=2,
 )  # fmt: skip
 #: What it measures says nothing; that it runs through does.
 TINY = Scale(

@@ -163,9 +163,8 @@ def stall_rows(fleet: Fleet) -> list[Row]:
 def window_rows(fleet: Fleet) -> list[Row]:
     """What a call costs with few and with many in flight."""
     scale = fleet.bench.scale
-    few = max(2, scale.held // 100)
+    few, many = min(100, scale.held // 10), scale.held
     calls = max(few, scale.celery * 2)
-    many = scale.held if scale.few_rounds > 1 else max(few, scale.held // 4)
     title = f"a call with {many:,} in flight over one with {few:,}"
     wall = Row("flat", CELERY, f"{title}: time", "x", [Want(1.25)])
     own = Row("flat-cpu", CELERY, f"{title}: processor time, caller and workers", "x", [Want(1.25)])
