@@ -49,7 +49,7 @@ def import_rows(bench: Bench) -> list[Row]:
     """Time imports, each in a fresh process."""
     rows = []
     for key, title, before, statements, limit in IMPORTS:
-        row = Row(key, "Imports", title, "ms", [Want(limit)] if limit else [])
+        row = Row(key, "Imports (processor time)", title, "ms", [Want(limit)] if limit else [])
         for number in range(bench.scale.imports + 1):
             for name, statement in statements.items():
                 python = bench.peer_python if name == "peer" else sys.executable
@@ -63,7 +63,7 @@ def import_rows(bench: Bench) -> list[Row]:
 
 
 def _time_import(python: str, before: str, statement: str) -> float:
-    code = f"{before or 'pass'}\nimport time\nbegun = time.perf_counter()\n{statement}\nprint(1000 * (time.perf_counter() - begun))"
+    code = f"{before or 'pass'}\nimport time\nbegun = time.process_time()\n{statement}\nprint(1000 * (time.process_time() - begun))"
     done = subprocess.run(
         [python, "-c", code], env=environment(), cwd=REMOTE, capture_output=True, text=True, check=False
     )
@@ -79,7 +79,7 @@ def start_rows(bench: Bench) -> list[Row]:
     second = Row("start-second", group, "second, after the first was stopped", "ms", [Want(2.0)])
     beside = Row("start-beside", group, "second, while the first goes on", "ms", [Want(2.0)])
     for number in range(bench.scale.light_rounds + 1):
-        for name in _contenders(bench):
+        for name in _contenders(bench, first):
             figures = _lonely(bench, name, "starts")
             if number:
                 first.add(name, figures["first"])
@@ -91,25 +91,34 @@ def start_rows(bench: Bench) -> list[Row]:
 def memory_rows(bench: Bench) -> list[Row]:
     """Hold runs in flight that no worker takes."""
     held = bench.scale.held
+    fewer = max(10, held // 5)  # tracing takes its time
     group = f"{held:,} runs in flight"
     resident = Row("held-rss", group, "memory of the process (RSS), a run", "KiB", [Want(4.0)])
-    traced = Row("held-traced", group, "Python's own memory (tracemalloc), a run", "KiB", [Want(4.0)])
+    traced = Row(
+        "held-traced", group, f"Python's own memory (tracemalloc, {fewer:,} runs), a run", "KiB", [Want(4.0)]
+    )
     bare = Row("held-bare", group, "of which the caller's own asyncio task (tracemalloc)", "KiB")
     submitting = Row("held-submit", group, "time until all are with the broker, a run", "us")
     for number in range(bench.scale.few_rounds):
         say(f"  in flight: round {number + 1} of {bench.scale.few_rounds}")
-        for name in _contenders(bench):
-            figures = _lonely(bench, name, "hold", count=held, trace=False)
-            resident.add(name, figures["rss"] / held / 1024)
-            submitting.add(name, 1e6 * figures["seconds"] / held)
-            figures = _lonely(bench, name, "hold", count=held, trace=True)
-            traced.add(name, figures["traced"] / held / 1024)
-            bare.add(name, figures["bare"] / held / 1024)
+        for name in _contenders(bench, resident):
+            try:
+                figures = _lonely(bench, name, "hold", count=held, trace=False)
+                resident.add(name, figures["rss"] / held / 1024)
+                submitting.add(name, 1e6 * figures["seconds"] / held)
+                figures = _lonely(bench, name, "hold", count=fewer, trace=True)
+                traced.add(name, figures["traced"] / fewer / 1024)
+                bare.add(name, figures["bare"] / fewer / 1024)
+            except BenchError as exc:
+                say(f"out of the race: {exc}")
+                for row in (resident, traced, bare, submitting):
+                    row.failures[name] = str(exc)
     return [resident, traced, bare, submitting]
 
 
-def _contenders(bench: Bench) -> list[str]:
-    return ["peer", "wove"] if bench.peer_python else ["wove"]
+def _contenders(bench: Bench, row: Row) -> list[str]:
+    names = ["peer", "wove"] if bench.peer_python else ["wove"]
+    return [name for name in names if name not in row.failures]
 
 
 def _lonely(bench: Bench, name: str, do: str, **options: Any) -> dict[str, Any]:
