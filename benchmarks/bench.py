@@ -37,7 +37,11 @@ def main() -> int:
     folder = BUILD if arguments.output is None else arguments.output
     kept = BUILD / f"results-{arguments.scale}.json"
     if arguments.readme:
-        write_readme(Report.load(kept))
+        try:
+            write_readme(Report.load(kept))
+        except BenchError as exc:
+            say(str(exc))
+            return 1
         return 0
     prepare_environment()
     BUILD.mkdir(parents=True, exist_ok=True)

@@ -250,6 +250,7 @@ _README_ROWS = (
     ("celery-map", "Celery, `map`"),
     ("celery-p50", "Celery, one call after another (p50)"),
     ("rq-fork-unbatched", "RQ, calls at once"),
+    ("rq-preloaded-unbatched", "RQ, calls at once, `rq worker -c wove.worker.rq`"),
     ("rq-fork-map", "RQ, `map`"),
     ("array", "64 MiB array there and back"),
     ("array-caller", "peak memory of the caller for it"),
@@ -276,7 +277,7 @@ def _readme_part(report: Report) -> str:
     processors = report.machine["processors"]
     lines += [
         "",
-        f"Medians of one run on {processors} processors, Redis on loopback, all in turns; more than 1 × is better than the other. All rows, "
+        f"Medians of one run on {processors} processors, Redis on loopback, all in turns; more than 1 × is better than the other. All rows,\n"
         "their spread, the machine and how it is measured are in [benchmarks/RESULTS.md](benchmarks/RESULTS.md).",
     ]
     return "\n".join(lines)
