@@ -166,7 +166,10 @@ def _unit(row: Row) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    titles = " | ".join(CONTENDERS.values())
+    names = dict(CONTENDERS)
+    if rows[0].key.startswith("rq"):
+        names["peer"] += ", job ids patched"
+    titles = " | ".join(names.values())
     lines = [f"| | unit | {titles} | against raw | against 2.0.3 |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         cells = [_cell(row, name) for name in CONTENDERS]
