@@ -55,7 +55,9 @@ class BatchSession(Session):
     def __init__(self, assignment: Assignment, backend: Mapping[str, str] | None = None) -> None:
         super().__init__(assignment, backend)
         self._backend = backend
-        self._slot = f"{self.worker['host']}:{self.worker['pid']}:{threading.get_ident()}"
+        # RQ forks a process for each message: that is no other worker.
+        process = self.worker.get("rq_worker") or self.worker["pid"]
+        self._slot = f"{self.worker['host']}:{process}:{threading.get_ident()}"
         self._rows: list[Row] = []
         self._row_since = 0.0
         self._exchange_again = 0.0
