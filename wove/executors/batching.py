@@ -29,9 +29,10 @@ GROWTH = 4
 MAX_AUTO = 256
 #: Messages that each worker should find, so that it need not wait for the next.
 SHARES = 2
-#: Runs of a callable that leave alone, to find out how long they take, and for how many seconds others wait for that.
-SCOUTS = 16
-SCOUT_SECONDS = 0.1
+#: Runs of a callable that leave alone, to find out how long they take, and seconds after which it may be twice as
+#: many: where they take their time, nobody is to wait for that.
+SCOUTS = 8
+SCOUT_SECONDS = 0.25
 #: Seconds for which runs wait for others while every worker is busy.
 LINGER_SECONDS = 0.01
 #: Seconds after which a worker of which nothing was heard is not counted any more.
@@ -51,6 +52,8 @@ class Batching:
         self._mode = mode
         self._pace: OrderedDict[str, _Pace] = OrderedDict()
         self._slots: dict[str, float] = {}
+        #: When the first run of a callable was sent whose pace is not known.
+        self._begun: dict[str, float] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -93,8 +96,8 @@ class Batching:
             pace = self._pace.get(task_id)
             size = pace.size if pace is not None else 1
             slots = self._count_slots()
-        if pace is None and waited < SCOUT_SECONDS:
-            return [1] * max(0, min(waiting, SCOUTS - in_flight))
+        if pace is None:
+            return [1] * max(0, min(waiting, self._scouts(task_id) - in_flight))
         if size == 1:
             return [1] * waiting  # they take their time: whoever is free takes one
         size = max(1, min(size, open_runs // (SHARES * slots)))
@@ -104,6 +107,13 @@ class Batching:
         if room <= 0 or (waiting < size and in_flight >= slots):
             return []
         return _split(min(waiting, room * size), size)
+
+    def _scouts(self, task_id: str) -> int:
+        now = time.monotonic()
+        if len(self._begun) > MAX_CALLABLES:
+            self._begun.clear()
+        doublings = (now - self._begun.setdefault(task_id, now)) / SCOUT_SECONDS
+        return int(SCOUTS * 2 ** min(doublings, 20))
 
     def _count_slots(self) -> int:
         now = time.monotonic()
