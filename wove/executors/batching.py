@@ -33,8 +33,9 @@ SHARES = 2
 #: many: where they take their time, nobody is to wait for that.
 SCOUTS = 8
 SCOUT_SECONDS = 0.25
-#: Seconds for which runs wait for others while every worker is busy.
+#: Seconds for which runs wait for others while every worker has something to do, and while it has enough to do.
 LINGER_SECONDS = 0.01
+ENOUGH_SECONDS = 0.5
 #: Seconds after which a worker of which nothing was heard is not counted any more.
 SLOT_SECONDS = 30.0
 #: Callables whose durations are remembered.
@@ -101,10 +102,10 @@ class Batching:
         if size == 1:
             return [1] * waiting  # they take their time: whoever is free takes one
         size = max(1, min(size, open_runs // (SHARES * slots)))
-        if waited >= LINGER_SECONDS:
-            return _split(waiting, size)
+        if waited >= ENOUGH_SECONDS:
+            return _split(waiting, size)  # there may be workers of which nothing was heard yet
         room = SHARES * slots - in_flight
-        if room <= 0 or (waiting < size and in_flight >= slots):
+        if room <= 0 or (waiting < size and in_flight >= slots and waited < LINGER_SECONDS):
             return []
         return _split(min(waiting, room * size), size)
 
