@@ -29,10 +29,8 @@ GROWTH = 4
 MAX_AUTO = 256
 #: Messages that each worker should find, so that it need not wait for the next.
 SHARES = 2
-#: Runs of a callable that leave alone, to find out how long they take, and seconds after which it may be twice as
-#: many: where they take their time, nobody is to wait for that.
+#: Runs of a callable whose pace is not known that wait for a worker; more when as many are at work already.
 SCOUTS = 8
-SCOUT_SECONDS = 0.25
 #: Seconds for which runs wait for others while every worker has something to do, and while it has enough to do.
 LINGER_SECONDS = 0.01
 ENOUGH_SECONDS = 0.5
@@ -53,8 +51,6 @@ class Batching:
         self._mode = mode
         self._pace: OrderedDict[str, _Pace] = OrderedDict()
         self._slots: dict[str, float] = {}
-        #: When the first run of a callable was sent whose pace is not known.
-        self._begun: dict[str, float] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -81,7 +77,15 @@ class Batching:
         alone = delivery.get("keep") or "key" in delivery or delivery.get("alone") or delivery.get("repeated")
         return not alone and delivery.get("attempt", 1) == 1 and delivery.get("attended", True)
 
-    def plan(self, task_id: str, waiting: int, in_flight: int, open_runs: int, waited: float) -> list[int]:
+    def plan(
+        self,
+        task_id: str,
+        waiting: int,
+        in_flight: int,
+        open_runs: int,
+        waited: float,
+        count_unstarted: Callable[[], int],
+    ) -> list[int]:
         """Return how many runs of a callable leave now, message by message; others wait a moment.
 
         Args:
@@ -90,6 +94,7 @@ class Batching:
             in_flight: messages with others that were sent and are not done.
             open_runs: runs that are open: no worker is to get more than its share of them.
             waited: for how many seconds the first of them has waited.
+            count_unstarted: returns how many of the messages no worker has begun, as far as known.
         """
         if type(self._mode) is int:
             return _split(waiting, self._mode)
@@ -98,7 +103,9 @@ class Batching:
             size = pace.size if pace is not None else 1
             slots = self._count_slots()
         if pace is None:
-            return [1] * max(0, min(waiting, self._scouts(task_id) - in_flight))
+            # Where they take their time, whoever is free soon has one; where nobody is free, more are of no use.
+            unstarted = count_unstarted()
+            return [1] * max(0, min(waiting, max(SCOUTS, in_flight - unstarted) - unstarted))
         if size == 1:
             return [1] * waiting  # they take their time: whoever is free takes one
         size = max(1, min(size, open_runs // (SHARES * slots)))
@@ -108,13 +115,6 @@ class Batching:
         if room <= 0 or (waiting < size and in_flight >= slots and waited < LINGER_SECONDS):
             return []
         return _split(min(waiting, room * size), size)
-
-    def _scouts(self, task_id: str) -> int:
-        now = time.monotonic()
-        if len(self._begun) > MAX_CALLABLES:
-            self._begun.clear()
-        doublings = (now - self._begun.setdefault(task_id, now)) / SCOUT_SECONDS
-        return int(SCOUTS * 2 ** min(doublings, 20))
 
     def _count_slots(self) -> int:
         now = time.monotonic()
