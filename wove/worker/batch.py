@@ -19,10 +19,10 @@ from wove.worker.courier import courier_for
 from wove.worker.execution import TaskCancelledItself, cannot_load, drive, is_cancellation, keep
 from wove.worker.offering import offer, patience
 from wove.worker.pace import measured
-from wove.worker.session import CONTENT_TYPE, REPORT_AGAIN, REPORT_TIMEOUT, Session
+from wove.worker.session import CONTENT_TYPE, MAX_FRAMES, REPORT_AGAIN, REPORT_TIMEOUT, Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from typing_extensions import Buffer
 
@@ -240,6 +240,7 @@ class BatchSession(Session):
                 self._exchange_again = self._exchanged + REPORT_AGAIN
                 with self._lock:
                     self._rows[:0] = body.rows
+                    self._pending[:0] = body.frames
                     self._executed += body.executed
                     self._busy += body.busy
         finally:
@@ -247,6 +248,9 @@ class BatchSession(Session):
 
     def deliver(self) -> None:
         """Deliver what is left, however long the callback server is away."""
+        # What one request does not hold goes ahead, as long as somebody listens.
+        while len(self._pending) > MAX_FRAMES - 4 and self.report():
+            pass
         with self._sending:
             body = self._take_news()
             if body.rows:
@@ -292,23 +296,30 @@ class BatchSession(Session):
     def _take_news(self) -> _News:
         with self._lock:
             rows, self._rows = self._rows, []
+            said, self._pending = self._pending[: MAX_FRAMES - 4], self._pending[MAX_FRAMES - 4 :]
             executed, self._executed = self._executed, 0
             busy, self._busy = self._busy, 0.0
-        return self._news(rows, executed, busy)
+        return self._news(rows, said, executed, busy)
 
-    def _news(self, rows: list[Row], executed: int = 0, busy: float = 0.0) -> _News:
+    def _news(
+        self,
+        rows: list[Row],
+        said: Sequence[frames.Frame] = (),
+        executed: int = 0,
+        busy: float = 0.0,
+    ) -> _News:
         envelope: dict[str, Any] = {
             "v": 1,
             "execution": self.execution,
             "worker": self.worker,
-            "frames": [],
+            "frames": list(said),
             "heard": self._heard,
         }
         if executed:
             envelope["timing"] = [self._slot, executed, busy]
         if rows:
             envelope["outcomes"] = True
-        return _News(rows, executed, busy, pack_message(envelope, [pack_table(rows)] if rows else []))
+        return _News(rows, said, executed, busy, pack_message(envelope, [pack_table(rows)] if rows else []))
 
     def _heed(self, reply: Reply, tag: bytes) -> None:
         given = reply.headers.get("wove-unwanted")
@@ -323,10 +334,18 @@ class BatchSession(Session):
 class _News:
     """What one request says of a batch."""
 
-    __slots__ = ("busy", "executed", "parts", "rows")
+    __slots__ = ("busy", "executed", "frames", "parts", "rows")
 
-    def __init__(self, rows: list[Row], executed: int, busy: float, parts: list[Buffer]) -> None:
+    def __init__(
+        self,
+        rows: list[Row],
+        said: Sequence[frames.Frame],
+        executed: int,
+        busy: float,
+        parts: list[Buffer],
+    ) -> None:
         self.rows = rows
+        self.frames = said
         self.executed = executed
         self.busy = busy
         self.parts = parts

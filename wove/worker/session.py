@@ -87,7 +87,8 @@ class Session:
         self.notify: Callable[[], None] | None = None
         self.worker: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), **(backend or {})}
         self._path = f"{assignment.path}/wove/v1/events/{assignment.run_id}"
-        self._seq = 0
+        #: The first number is that of the news that the task has started, whenever that is sent.
+        self._seq = 1
         self._retry = 0
         #: When a report that failed is tried again, in monotonic seconds.
         self._report_again = 0.0
@@ -245,7 +246,7 @@ class Session:
         with self._lock:
             if not self._started:
                 self._started = True
-                self._pending.insert(0, self._frame(frames.TASK_STARTED))
+                self._pending.insert(0, self._started_frame())
             count = characters = 0
             for frame in self._pending[:MAX_FRAMES]:
                 characters += len(frame.get("message", ""))
@@ -349,7 +350,7 @@ class Session:
                 self._pending = []
                 if not self._started:
                     self._started = True
-                    last.insert(0, self._frame(frames.TASK_STARTED))
+                    last.insert(0, self._started_frame())
                 last.append(self._frame(kind, **fields))
         finally:
             if held:
@@ -402,6 +403,11 @@ class Session:
         self._seq += 1
         task = self.assignment
         return frames.event(kind, task.run_id, task.task_id, task.attempt, self._seq, **fields)
+
+    def _started_frame(self) -> frames.Frame:
+        # It may be made after news of the task itself, and must not make those seem outdated.
+        task = self.assignment
+        return frames.event(frames.TASK_STARTED, task.run_id, task.task_id, task.attempt, 1)
 
     def _body(self, batch: list[frames.Frame], attachments: Sequence[Buffer]) -> list[Buffer]:
         envelope = {"v": 1, "execution": self.execution, "worker": self.worker, "frames": batch}
