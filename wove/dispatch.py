@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
-import secrets
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -23,6 +24,7 @@ from wove.errors import (
     WoveError,
     safe_text,
 )
+from wove.executors.base import EVENTS_PER_TURN, is_whole
 from wove.policy import DeliveryPolicy
 from wove.sharing import SharedCalls, sharing_key
 from wove.waiter import Waiter
@@ -47,8 +49,6 @@ FAREWELL_SECONDS = 1.5
 SILENCE_SECONDS = 30.0
 #: Longest name of a task, in characters.
 MAX_TASK_ID = 1_000
-#: The receiver lets other tasks run after so many events without a pause.
-EVENTS_PER_TURN = 200
 #: Seconds before a run is submitted again: grows with each attempt up to the second.
 AGAIN_AFTER = 0.1
 AGAIN_AT_MOST = 10.0
@@ -136,7 +136,9 @@ class Dispatcher:
                     f"environment {self.name!r} did not start within {START_SECONDS:g} s"
                 ) from None
             raise
-        self._receiver = self._spawn(self._receive(), f"wove-receiver-{self.name}")
+        self._posts = is_whole(self.executor, "post", "send")
+        if not (is_whole(self.executor, "attach", "recv") and self.executor.attach(self._take_attached)):
+            self._receiver = self._spawn(self._receive(), f"wove-receiver-{self.name}")
 
     async def stop(self) -> None:
         """End every open run by its orphan policy, then stop the executor. Idempotent."""
@@ -282,15 +284,16 @@ class Dispatcher:
             raise WoveError(
                 f"environment {self.name!r} was started in another event loop: start the runtime in the loop that uses it"
             )
-        run = self.table.open(secrets.token_hex(16), task_id or callable_name(func), policy)
+        run = self.table.open(os.urandom(16).hex(), task_id or callable_name(func), policy)
         frame = run_frame(run, func, positional, keywords, key)
         waiter = Waiter(self._loop.create_future(), on_progress)
         if policy.sends_again:
             waiter.frame = frame
         self._waiters[run.run_id] = waiter
         self._alarm.set()
-        # A task of its own: deadlines hold while `send` hangs.
-        waiter.sending = self._spawn(self._submit(run, frame), "wove-submit")
+        if not self._post(run, frame):
+            # A task of its own: deadlines hold while `send` hangs.
+            waiter.sending = self._spawn(self._submit(run, frame), "wove-submit")
         try:
             return await waiter.future
         except asyncio.CancelledError as exc:
@@ -315,6 +318,17 @@ class Dispatcher:
                 }
             ) from self._broken
 
+    def _post(self, run: Run, frame: Frame) -> bool:
+        """Submit a run without a task, where its executor can; what is to outlive this process is waited for."""
+        if not self._posts or run.policy.keeps_work:
+            return False
+        done = partial(self._submitted, run, frame["delivery"]["attempt"])
+        try:
+            return self.executor.post(frame, done)
+        except Exception as exc:
+            done(exc)
+            return True
+
     async def _submit(self, run: Run, frame: Frame) -> None:
         attempt = frame["delivery"]["attempt"]
         try:
@@ -326,12 +340,19 @@ class Dispatcher:
             error.__cause__ = exc
             self._follow(self.table.refuse(run.run_id, error, attempt, final=True))
         except Exception as exc:
+            self._submitted(run, attempt, exc)
+        else:
+            self._submitted(run, attempt, None)
+
+    def _submitted(self, run: Run, attempt: int, exc: Exception | None) -> None:
+        """The executor has accepted an attempt, or says why not."""
+        if exc is not None:
             final = not isinstance(exc, SubmitError)
             self._follow(self.table.refuse(run.run_id, exc, attempt, final=final))
-        else:
-            self.table.submitted(run.run_id, attempt)
-            if self._silence is None:
-                self._silence = self._loop.call_later(SILENCE_SECONDS, self._warn_of_silence)
+            return
+        self.table.submitted(run.run_id, attempt)
+        if self._silence is None:
+            self._silence = self._loop.call_later(SILENCE_SECONDS, self._warn_of_silence)
 
     def _warn_of_silence(self) -> None:
         """Say once, where nothing has ever come back, what that may mean."""
@@ -399,6 +420,12 @@ class Dispatcher:
             if _asked_to_stop():
                 raise
             self._break(exc)
+        except Exception as exc:
+            self._break(exc)
+
+    def _take_attached(self, frame: Frame) -> None:
+        try:
+            self._take(frame)
         except Exception as exc:
             self._break(exc)
 

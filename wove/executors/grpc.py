@@ -7,10 +7,12 @@ import os
 import re
 import threading
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove.errors import ConfigurationError, MissingDispatchFeatureError
-from wove.executors.network import IN_THREAD_FROM, SILENCE_SECONDS, NetworkExecutor, Request, refused
+from wove.exchange import HOLD, MORE, encode_note, framed
+from wove.executors.network import IN_THREAD_FROM, SILENCE_SECONDS, NetworkExecutor, Request, refused, resolve
 from wove.executors.policy import check_policy, client_tls, is_loopback, read_headers, read_pem
 from wove.executors.settings import seconds
 from wove.network_security import NetworkSecurityError, Seal
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 DEFAULT_METHOD = "/wove.network_executor.WorkerService/Send"
 #: Seconds between two questions whether a connection with open calls still stands.
 KEEP_ALIVE = 30.0
+#: What the name of the unary method ends with, and the largest request, in bytes, that is sent there.
+QUICK_SUFFIX = "Quick"
+QUICK_BYTES = 256 * 1024
+#: Seconds after the last unary call until none is held open any more.
+HOLD_AFTER = 10.0
 _METHOD = re.compile(r"/[\w.]+/\w+")
 _NAME = re.compile(r"[a-z0-9_.-]+")
 
@@ -32,7 +39,8 @@ _NAME = re.compile(r"[a-z0-9_.-]+")
 class GrpcEnvironmentExecutor(NetworkExecutor):
     """Sends tasks to a worker service over gRPC; events come back as they happen.
 
-    A service whose method is unary answers with all events at once, which works as well.
+    A service whose method is unary answers with all events at once, which works as well. Ours has another one
+    beside it that is unary, for the first answer: most runs have ended by then, and a stream costs half as much again.
 
     ``executor_config``: ``target`` (``"host:port"``, ``"unix:/path"``), ``method``
     (``/wove.network_executor.WorkerService/Send``), ``metadata`` (a mapping), ``secure`` (TLS),
@@ -51,6 +59,12 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         super().__init__()
         self._calls: Any = None
         self._urgent: Any = None
+        self._quick_channel: Any = None
+        self._ask_quick: Any = None
+        self._held: Any = None
+        self._asked_at = 0.0
+        #: Whether the service has the method for short answers, as far as is known.
+        self._quick = True
         self._channels: list[Channel] = []
 
     @property
@@ -81,6 +95,8 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             self._urgent = self._new_channel(credentials, keep_alive)
 
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(connect(), self._loop_of_calls))
+        self._quick_channel = await in_thread(self._new_quick_channel, credentials, keep_alive)
+        self._ask_quick = self._quick_channel.unary_unary(self._method + QUICK_SUFFIX)
 
     def _credentials(self, config: Mapping[str, Any]) -> Any:
         client_tls(config)  # what is no certificate is said in our words
@@ -90,7 +106,23 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         return self._grpc.ssl_channel_credentials(roots, key if key is not None else chain, chain)
 
     def _new_channel(self, credentials: Any, keep_alive: float) -> Any:
-        options = (
+        aio = self._grpc.aio
+        options = self._options(keep_alive)
+        if credentials is None:
+            channel = aio.insecure_channel(self._target, options=options)
+        else:
+            channel = aio.secure_channel(self._target, credentials, options=options)
+        self._channels.append(channel)
+        return channel.unary_stream(self._method)
+
+    def _new_quick_channel(self, credentials: Any, keep_alive: float) -> Any:
+        options = self._options(keep_alive)
+        if credentials is None:
+            return self._grpc.insecure_channel(self._target, options=options)
+        return self._grpc.secure_channel(self._target, credentials, options=options)
+
+    def _options(self, keep_alive: float) -> tuple[tuple[str, int], ...]:
+        return (
             ("grpc.max_receive_message_length", self.max_message),
             ("grpc.max_send_message_length", -1),
             ("grpc.keepalive_time_ms", int(keep_alive * 1000)),
@@ -102,18 +134,16 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2_000),
         )
-        aio = self._grpc.aio
-        if credentials is None:
-            channel = aio.insecure_channel(self._target, options=options)
-        else:
-            channel = aio.secure_channel(self._target, credentials, options=options)
-        self._channels.append(channel)
-        return channel.unary_stream(self._method)
 
     async def close(self) -> None:
         """Close the connections; see :meth:`NetworkExecutor.close`."""
         channels, self._channels = self._channels, []
-        self._calls = self._urgent = None
+        self._calls = self._urgent = self._ask_quick = None
+        quick, self._quick_channel = self._quick_channel, None
+        if self._held is not None:
+            self._held.cancel()
+        if quick is not None:
+            await in_thread(quick.close)
         for channel in channels:
             await asyncio.wrap_future(
                 asyncio.run_coroutine_threadsafe(channel.close(None), self._loop_of_calls)
@@ -123,6 +153,16 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         """Send a request; see :meth:`NetworkExecutor.exchange`."""
         size = request.size
         body = await in_thread(b"".join, request.body) if size > IN_THREAD_FROM else b"".join(request.body)
+        if self._quick and size <= QUICK_BYTES and not urgent:
+            short = await self._ask(body, request.patience(self.timeout))
+            if short is not None:
+                request.seal, chunk = short
+                request.accept()
+                yield chunk
+                if not request.token:
+                    return
+                # Not all has ended yet: the rest comes as a stream, as it happens.
+                body = b"".join(map(bytes, framed(encode_note(MORE, token=request.token))))
         answer = Pipe()
         conversation = asyncio.run_coroutine_threadsafe(
             self._converse(body, request.patience(self.timeout), answer, urgent=urgent), self._loop_of_calls
@@ -140,13 +180,73 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         finally:
             conversation.cancel()
 
+    # --- unary calls, made from the caller's loop -----------------------------------
+
+    async def _ask(self, body: bytes, patience: float) -> tuple[Seal, bytes] | None:
+        """Make a unary call; return None when the service has no such method, and has taken nothing."""
+        codes = self._grpc.StatusCode
+        for attempt in range(3):
+            signed = await self._sign(body, self._method + QUICK_SUFFIX)
+            call = await self._unary(body, signed, patience)
+            code = call.code()
+            if code is codes.OK:
+                self._hold(patience)
+                return Seal(self.security.answer_key(dict(signed)), "answer"), call.result()
+            if code is codes.UNIMPLEMENTED:
+                self._quick = False
+                return None
+            if code is codes.DEADLINE_EXCEEDED:
+                raise self._silent(patience)
+            if code is codes.UNAVAILABLE and attempt == 0 and self._asked_at:
+                continue  # a kept connection had ended; a service executes a run once, however often it is sent
+            problem = self._problem(
+                code, call.details(), call.trailing_metadata(), dict(signed), learn=attempt == 0
+            )
+            if isinstance(problem, Exception):
+                raise problem
+        raise ConnectionError("it answered that the request's clock is wrong")
+
+    async def _unary(self, body: bytes, signed: tuple[tuple[str, str], ...], patience: float) -> Any:
+        """Make a call and return it when it is done."""
+        if self._ask_quick is None:
+            raise RuntimeError("the grpc executor is not started")
+        done: asyncio.Future[None] = self._loop.create_future()
+        metadata = (*self._metadata, ("wove-host", self._target), *signed)
+        call = self._ask_quick.future(body, metadata=metadata, timeout=patience)
+        call.add_done_callback(partial(_wake, self._loop, done))
+        try:
+            await done
+        except BaseException:
+            call.cancel()
+            raise
+        return call
+
+    def _hold(self, patience: float) -> None:
+        """Keep a call open while there are others: grpcio ends its thread with the last one, and starts another."""
+        self._asked_at = self._loop.time()
+        if self._held is None:
+            self._held = self._loop.create_task(self._keep_held(patience), name="wove-grpc-hold")
+
+    async def _keep_held(self, patience: float) -> None:
+        body = b"".join(map(bytes, framed(encode_note(HOLD))))
+        try:
+            while self._loop.time() - self._asked_at < HOLD_AFTER and self._ask_quick is not None:
+                call = await self._unary(body, await self._sign(body, self._method + QUICK_SUFFIX), patience)
+                if call.code() is not self._grpc.StatusCode.OK:
+                    await asyncio.sleep(1.0)  # what is wrong is said to whoever runs something
+        finally:
+            self._held = None
+
     # --- in the loop of all calls -------------------------------------------------
 
     async def _converse(self, body: bytes, patience: float, answer: Pipe, *, urgent: bool) -> None:
         """Make the call and pass on what comes back: a seal, chunks, perhaps an error, None at the end."""
         aio = self._grpc.aio
+        send = self._urgent if urgent else self._calls
         try:
-            call = await self._call(body, patience, answer, urgent=urgent)
+            if send is None:
+                raise RuntimeError("the grpc executor is not started")
+            call = await self._call(send, body, patience, answer)
             try:
                 silence = max(self.timeout, SILENCE_SECONDS)
                 while (chunk := await self._within(silence, call.read())) is not aio.EOF:
@@ -162,13 +262,10 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         finally:
             answer.put(None)
 
-    async def _call(self, body: bytes, patience: float, answer: Pipe, *, urgent: bool) -> Any:
+    async def _call(self, send: Any, body: bytes, patience: float, answer: Pipe) -> Any:
         """Return the call when it was answered; it is made again where the service's clock is another."""
-        send = self._urgent if urgent else self._calls
-        if send is None:
-            raise RuntimeError("the grpc executor is not started")
         for attempt in range(3):
-            signed = await self._sign(body)
+            signed = await self._sign(body, self._method)
             call = send(body, metadata=(*self._metadata, ("wove-host", self._target), *signed))
             try:
                 problem = await self._answered(call, patience, dict(signed), learn=attempt == 0)
@@ -194,9 +291,15 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             trailing = await call.trailing_metadata()
         except self._grpc.aio.AioRpcError as exc:
             code, details, trailing = exc.code(), exc.details(), exc.trailing_metadata()
-        codes = self._grpc.StatusCode
-        if code is codes.OK:
+        if code is self._grpc.StatusCode.OK:
             return None
+        return self._problem(code, details, trailing, signed, learn=learn)
+
+    def _problem(
+        self, code: Any, details: Any, trailing: Any, signed: dict[str, str], *, learn: bool
+    ) -> Exception | str:
+        """Return what a failed call means: an error, or that the request is to be sent again."""
+        codes = self._grpc.StatusCode
         if code is codes.UNAUTHENTICATED:
             told = {str(name): str(value) for name, value in trailing or ()}
             if learn and self.security.learn_clock(signed, told):
@@ -209,9 +312,9 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             return refused(code.name, str(details), trusted=True)
         return ConnectionError(f"{code.name}: {details}")
 
-    async def _sign(self, body: bytes) -> tuple[tuple[str, str], ...]:
+    async def _sign(self, body: bytes, method: str) -> tuple[tuple[str, str], ...]:
         def sign() -> tuple[tuple[str, str], ...]:
-            return self.security.metadata_for(host=self._target, target=self._method, body=body)
+            return self.security.metadata_for(host=self._target, target=method, body=body)
 
         if len(body) < IN_THREAD_FROM:
             return sign()
@@ -223,9 +326,17 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             async with asyncio.timeout(limit):
                 return await work
         except TimeoutError:
-            raise ConnectionError(
-                f'nothing came from it for {limit:g} s (executor_config["timeout"])'
-            ) from None
+            raise self._silent(limit) from None
+
+    def _silent(self, seconds: float) -> ConnectionError:
+        return ConnectionError(f'nothing came from it for {seconds:g} s (executor_config["timeout"])')
+
+
+def _wake(loop: asyncio.AbstractEventLoop, done: asyncio.Future[None], call: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(resolve, done, None)
+    except RuntimeError:
+        pass  # that loop has ended, and whoever waited with it
 
 
 class Pipe:
@@ -236,9 +347,9 @@ class Pipe:
         self._items: deque[Any] = deque()
         self._ready = asyncio.Event()
 
-    def put(self, item: Any) -> None:
-        """Hand an item over, from any thread."""
-        self._items.append(item)
+    def put(self, *items: Any) -> None:
+        """Hand items over, from any thread."""
+        self._items.extend(items)
         try:
             self._loop.call_soon_threadsafe(self._ready.set)
         except RuntimeError:

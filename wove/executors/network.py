@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove import frames
 from wove.errors import ProtocolError, SubmitError, WoveError, safe_text
-from wove.exchange import Packet, PacketReader, encode_cancel, framed, lost_frame
+from wove.exchange import MORE, Packet, PacketReader, encode_cancel, framed, lost_frame
 from wove.executors.base import EnvironmentExecutor, FrameChannel
 from wove.executors.events import CommandEncoder, EventDecoder
 from wove.executors.settings import check_keys, seconds, whole_number
@@ -65,6 +65,8 @@ class Request:
         self.seal = Seal(None, "answer")
         self.accepted = False
         self.on_accepted: Callable[[], None] | None = None
+        #: By what the rest of the answer is asked for, where there is one.
+        self.token = ""
 
     def accept(self) -> None:
         """The service has accepted the request: called by the transport before it yields anything."""
@@ -80,18 +82,28 @@ class Request:
 class _Sent:
     """A run on its way."""
 
-    __slots__ = ("abandoned", "accepted", "ended", "exchange", "parts", "run_id", "seq", "size", "task_id")
+    __slots__ = (
+        "_done", "abandoned", "accepted", "ended", "exchange", "parts", "run_id", "seq", "size", "task_id",
+    )  # fmt: skip
 
-    def __init__(self, frame: Frame, parts: list[Buffer], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, frame: Frame, parts: list[Buffer], done: Callable[[Exception | None], None]) -> None:
         self.run_id: str = frame["run_id"]
         self.task_id: str = frame["task_id"]
         self.parts = parts
         self.size = sum(memoryview(part).nbytes for part in parts)
-        self.accepted: asyncio.Future[None] = loop.create_future()
+        #: Whether it was said what became of the submission.
+        self.accepted = False
+        self._done = done
         self.exchange: asyncio.Task[None] | None = None
         self.ended = False
         self.abandoned = False
         self.seq = 1
+
+    def accept(self, problem: Exception | None = None) -> None:
+        """Say, once, that the service has taken it, or why not."""
+        if not self.accepted:
+            self.accepted = True
+            self._done(problem)
 
 
 class NetworkExecutor(EnvironmentExecutor):
@@ -172,6 +184,21 @@ class NetworkExecutor(EnvironmentExecutor):
         elif frame["type"] == frames.CANCEL_TASK:
             await self._cancel(frame["run_id"])
 
+    def post(self, frame: Frame, done: Callable[[Exception | None], None]) -> bool:
+        """Take a command that is encoded at once; see :meth:`EnvironmentExecutor.post`."""
+        if self._channel is None or self._encoder is None:
+            return False
+        frame = self._limited(frame)
+        parts = self._encoder.encode_light(frame)
+        if parts is None:
+            return False
+        self._put(_Sent(frame, parts, done))
+        return True
+
+    def attach(self, take: Callable[[Frame], None]) -> bool:
+        """Hand events over; see :meth:`EnvironmentExecutor.attach`."""
+        return self._channel is not None and self._channel.attach(take)
+
     async def recv(self) -> Frame:
         """Return the next event; see :meth:`EnvironmentExecutor.recv`."""
         if self._channel is None:
@@ -198,22 +225,35 @@ class NetworkExecutor(EnvironmentExecutor):
     # --- runs -------------------------------------------------------------------
 
     async def _submit(self, frame: Frame, encoder: CommandEncoder) -> None:
-        frame = {**frame, "max_body": self.max_message - ENVELOPE_ALLOWANCE}
-        sent = _Sent(frame, await encoder.encode(frame), self._loop)
+        frame = self._limited(frame)
+        accepted: asyncio.Future[None] = self._loop.create_future()
+        sent = _Sent(frame, await encoder.encode(frame), partial(resolve, accepted))
+        self._put(sent)
+        try:
+            await accepted
+        except asyncio.CancelledError:
+            sent.abandoned = True
+            self._take_back(sent)
+            raise
+
+    def _limited(self, frame: Frame) -> Frame:
+        return {**frame, "max_body": self.max_message - ENVELOPE_ALLOWANCE}
+
+    def _put(self, sent: _Sent) -> None:
         self._runs[sent.run_id] = sent
         self._outbox.append(sent)
         if not self._flushing:
-            # What is submitted in one turn of the loop leaves together.
+            # What is submitted in one turn of the loop leaves together: the task begins with the next one.
             self._flushing = True
-            self._loop.call_soon(self._flush)
-        try:
-            await sent.accepted
-        except asyncio.CancelledError:
-            sent.abandoned = True
-            if sent in self._outbox:
-                self._outbox.remove(sent)
-                self._runs.pop(sent.run_id, None)
-            raise
+            self._spawn(self._flush(), f"wove-{self.transport}-exchange")
+
+    def _take_back(self, sent: _Sent) -> bool:
+        """Forget a run that has not left yet."""
+        if sent not in self._outbox:
+            return False
+        self._outbox.remove(sent)
+        self._runs.pop(sent.run_id, None)
+        return True
 
     async def _warm(self) -> None:
         """Open the connection that a cancellation will take: with TLS that is a while."""
@@ -224,24 +264,26 @@ class NetworkExecutor(EnvironmentExecutor):
         except Exception as exc:
             logger.debug("the connection for cancellations to %s is not open: %s", self.where, exc)
 
-    def _flush(self) -> None:
+    async def _flush(self) -> None:
+        """Send what waits: the first batch in this task, the others in tasks of their own."""
         self._flushing = False
         now = self._loop.time()
         if now >= self._warm_until:
             self._warm_until = now + WARM_SECONDS
             self._spawn(self._warm(), "wove-warm")
         outbox, self._outbox = self._outbox, []
+        if not outbox:
+            return  # taken back
+        batch, outbox = _first_batch(outbox)
         while outbox:
-            count = size = 0
-            while count < min(len(outbox), MAX_BATCH) and (
-                not count or size + outbox[count].size < MAX_BATCH_BYTES
-            ):
-                size += outbox[count].size
-                count += 1
-            batch, outbox = outbox[:count], outbox[count:]
-            task = self._spawn(self._deliver(batch), f"wove-{self.transport}-exchange")
-            for sent in batch:
-                sent.exchange = task
+            other, outbox = _first_batch(outbox)
+            spawned = self._spawn(self._deliver(other), f"wove-{self.transport}-exchange")
+            for sent in other:
+                sent.exchange = spawned
+        task = asyncio.current_task()
+        for sent in batch:
+            sent.exchange = task
+        await self._deliver(batch)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = self._loop.create_task(work, name=name)
@@ -276,7 +318,7 @@ class NetworkExecutor(EnvironmentExecutor):
     def _reject(self, batch: list[_Sent], exc: Exception) -> None:
         certain = isinstance(exc, (RefusedError, NetworkSecurityError))
         for sent in batch:
-            if sent.accepted.done():
+            if sent.accepted:
                 continue
             error = SubmitError(
                 f"the {self.transport} service at {self.where} did not take run {sent.run_id} of {sent.task_id}: "
@@ -286,7 +328,7 @@ class NetworkExecutor(EnvironmentExecutor):
             error.__cause__ = exc
             sent.ended = True
             self._runs.pop(sent.run_id, None)
-            sent.accepted.set_exception(error)
+            sent.accept(error)
 
     async def _receive(self, request: Request, runs: dict[str, _Sent]) -> None:
         reader = PacketReader(self.max_message)
@@ -294,16 +336,20 @@ class NetworkExecutor(EnvironmentExecutor):
             async for chunk in answer:
                 request.body = []
                 for raw in reader.feed(chunk):
-                    await self._take(raw, request.seal, runs)
+                    await self._take(raw, request, runs)
         if not reader.idle:
             raise ProtocolError("its answer was cut in the middle of a packet")
 
-    async def _take(self, raw: memoryview, seal: Seal, runs: dict[str, _Sent]) -> None:
+    async def _take(self, raw: memoryview, request: Request, runs: dict[str, _Sent]) -> None:
+        seal = request.seal
         if raw.nbytes < IN_THREAD_FROM:
             verified = seal.open(raw)
         else:
             verified = await in_thread(seal.open, raw)
         packet = Packet(verified)
+        if packet.kind == MORE:
+            request.token = safe_text(packet.envelope.get("token"), 64)
+            return
         sent = runs.get(str(packet.envelope.get("run_id")))
         if sent is None or sent.ended or self._decoder is None:
             return  # a ping, or somebody else's
@@ -315,8 +361,7 @@ class NetworkExecutor(EnvironmentExecutor):
         self._decoder.take_packet(packet)
 
     def _lose(self, sent: _Sent, problem: str) -> None:
-        if not sent.accepted.done():
-            sent.accepted.set_result(None)
+        sent.accept()
         if sent.ended:
             return
         sent.ended = True
@@ -332,6 +377,8 @@ class NetworkExecutor(EnvironmentExecutor):
         if sent is None:
             return
         sent.abandoned = True
+        if self._take_back(sent):
+            return
         request = Request(framed(encode_cancel(run_id)))
         try:
             async with aclosing(self.exchange(request, urgent=True)) as answer:
@@ -349,10 +396,28 @@ class NetworkExecutor(EnvironmentExecutor):
             exchange.cancel()
 
 
+def _first_batch(outbox: list[_Sent]) -> tuple[list[_Sent], list[_Sent]]:
+    """Return the runs that leave in one request, and the others."""
+    count = size = 0
+    while count < min(len(outbox), MAX_BATCH) and (not count or size + outbox[count].size < MAX_BATCH_BYTES):
+        size += outbox[count].size
+        count += 1
+    return outbox[:count], outbox[count:]
+
+
 def _accept(batch: list[_Sent]) -> None:
     for sent in batch:
-        if not sent.accepted.done():
-            sent.accepted.set_result(None)
+        sent.accept()
+
+
+def resolve(future: asyncio.Future[None], exc: Exception | None) -> None:
+    """Settle a future that somebody may have given up."""
+    if future.done():
+        return
+    if exc is None:
+        future.set_result(None)
+    else:
+        future.set_exception(exc)
 
 
 def refused(status: str, text: str, *, trusted: bool) -> RefusedError:

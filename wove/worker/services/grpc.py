@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from wove.errors import ConfigurationError, ProtocolError
-from wove.exchange import Packet, chunked, split_packets
+from wove.exchange import HOLD, MORE, Packet, chunked, encode_note, split_packets
 from wove.network_security import NetworkSecurityError, Seal
 from wove.worker.services.hub import Listener
 from wove.worker.services.listen import Address, run_until_told, start_listening
@@ -22,7 +23,9 @@ from wove.worker.services.service import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
+
+    from typing_extensions import Buffer
 
     from wove.network_security import Verified
 
@@ -31,6 +34,13 @@ DEFAULT_METHOD = "/wove.network_executor.WorkerService/Send"
 CHUNK = 1024 * 1024
 #: Seconds that calls get to end when the server does.
 STOP_SECONDS = 1.0
+#: What the name of the unary method ends with.
+QUICK_SUFFIX = "Quick"
+#: Seconds that a caller has to ask for the rest of an answer, and the largest request that may hold nothing but a note.
+CONTINUE_SECONDS = 5.0
+NOTE_BYTES = 256
+#: Seconds that a call stays open whose caller wants just that.
+HOLD_SECONDS = 2.0
 
 
 def grpc_handler(
@@ -60,11 +70,17 @@ class WorkerHandler(grpc.GenericRpcHandler):
         self.method = method
         self._starting = asyncio.Lock()
         self._started = False
-        self._handler: Any = grpc.unary_stream_rpc_method_handler(self._send)
+        self._handlers: dict[str, Any] = {
+            method: grpc.unary_stream_rpc_method_handler(self._send),
+            method + QUICK_SUFFIX: grpc.unary_unary_rpc_method_handler(self._send_quick),
+        }
+        #: Answers of which the first part was handed over: what comes of their runs, by the word to ask with.
+        self._unfinished: dict[str, Listener] = {}
+        self._held: set[asyncio.Future[None]] = set()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of a call, or None for another method."""
-        return self._handler if handler_call_details.method == self.method else None
+        return self._handlers.get(handler_call_details.method)
 
     async def start(self) -> None:
         """Start the service. Idempotent."""
@@ -75,17 +91,20 @@ class WorkerHandler(grpc.GenericRpcHandler):
 
     async def stop(self) -> None:
         """Stop the service. Idempotent."""
+        self.release()
         await self.tasks.stop()
 
     async def _send(
         self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> AsyncIterator[bytes | memoryview]:
-        await self.start()
-        verified = await self._verify(body, context)
+        if not self._started:
+            await self.start()
+        verified = await self._verify(body, context, self.method)
         seal = Seal(verified.key, "answer")
-        listener = Listener()
+        listener = self._continued(body) or Listener()
         try:
-            await self._take(body, listener, context)
+            if not listener.continued:
+                await self._take(body, listener, context)
             quick = await sealed(await listener.take_quick(QUICK_SECONDS), seal)
             # The caller learns that its commands were taken, long before anything comes of slow ones.
             await context.send_initial_metadata(())
@@ -100,6 +119,60 @@ class WorkerHandler(grpc.GenericRpcHandler):
             self.tasks.hub.detach(listener, retention=CUT_SECONDS)
         self.tasks.hub.delivered(listener.ended)
 
+    async def _send_quick(self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        """Answer with what comes of short runs; of others the rest is asked for by a token."""
+        if not self._started:
+            await self.start()
+        verified = await self._verify(body, context, self.method + QUICK_SUFFIX)
+        if len(body) <= NOTE_BYTES and _only(body, HOLD) is not None:
+            await self._hold()
+            return b""
+        listener = Listener()
+        packets: list[Sequence[Buffer]] = []
+        try:
+            await self._take(body, listener, context)
+            packets = await listener.take_quick(QUICK_SECONDS)
+            size = sum(memoryview(part).nbytes for parts in packets for part in parts)
+            if listener.done and size <= CHUNK:
+                self.tasks.hub.delivered(listener.ended)
+                return b"".join(await sealed(packets, Seal(verified.key, "answer")))
+        except BaseException:
+            self.tasks.hub.detach(listener, retention=CUT_SECONDS)
+            raise
+        listener.put_back(packets)
+        token = secrets.token_hex(16)
+        self._unfinished[token] = listener
+        asyncio.get_running_loop().call_later(CONTINUE_SECONDS, self._give_up, token)
+        return b"".join(await sealed([encode_note(MORE, token=token)], Seal(verified.key, "answer")))
+
+    async def _hold(self) -> None:
+        """Answer after a while, or when the service ends: the caller wants an open call, and nothing else."""
+        held: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._held.add(held)
+        await asyncio.wait((held,), timeout=HOLD_SECONDS)
+        self._held.discard(held)
+
+    def release(self) -> None:
+        """Answer the calls that are open for nothing, so that the server need not wait for them."""
+        for held in self._held:
+            if not held.done():
+                held.set_result(None)
+
+    def _give_up(self, token: str) -> None:
+        listener = self._unfinished.pop(token, None)
+        if listener is not None:
+            self.tasks.hub.detach(listener, retention=CUT_SECONDS)
+
+    def _continued(self, body: bytes) -> Listener | None:
+        """Return who listens to the runs whose first answer the caller has had."""
+        note = _only(body, MORE) if self._unfinished and len(body) <= NOTE_BYTES else None
+        if note is None:
+            return None
+        listener = self._unfinished.pop(str(note.envelope.get("token")), None)
+        if listener is not None:
+            listener.continued = True
+        return listener
+
     async def _take(
         self, body: bytes, listener: Listener, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> None:
@@ -109,13 +182,15 @@ class WorkerHandler(grpc.GenericRpcHandler):
         except ProtocolError as exc:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(exc))
 
-    async def _verify(self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> Verified:
+    async def _verify(
+        self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes], method: str
+    ) -> Verified:
         metadata = [(str(name), value) for name, value in context.invocation_metadata() or ()]
         host = next((str(value) for name, value in metadata if name == "wove-host"), "")
 
         def check() -> Verified:
             given = [(name, value) for name, value in metadata if isinstance(value, str)]
-            return self.tasks.security.verify_metadata(given, host=host, target=self.method, body=body)
+            return self.tasks.security.verify_metadata(given, host=host, target=method, body=body)
 
         try:
             verified: Verified = await maybe_in_thread(len(body), check)
@@ -124,6 +199,15 @@ class WorkerHandler(grpc.GenericRpcHandler):
             clock = tuple((name.lower(), value) for name, value in exc.clock.items())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "not authenticated", trailing_metadata=clock)
         return verified
+
+
+def _only(body: bytes, kind: str) -> Packet | None:
+    """Return the packet of a request that holds that one, and no other."""
+    try:
+        packets = [Packet(raw) for raw in split_packets(body)]
+    except ProtocolError:
+        return None  # said where commands are taken
+    return packets[0] if len(packets) == 1 and packets[0].kind == kind else None
 
 
 async def serve_grpc(service: Service, address: Address) -> None:
@@ -168,6 +252,7 @@ async def serve_grpc(service: Service, address: Address) -> None:
         target = f"unix:{address.unix}" if address.unix is not None else f"{_bracketed(address.host)}:{port}"
         await run_until_told(service, target)
     finally:
+        handler.release()
         await server.stop(STOP_SECONDS)
         await handler.stop()
 

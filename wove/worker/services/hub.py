@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
@@ -46,6 +47,12 @@ class Listener:
         self.open: set[str] = set()
         self.ended: list[str] = []
         self.closed = False
+        #: Whether its caller has had a first answer, and asks for the rest.
+        self.continued = False
+
+    def put_back(self, packets: Sequence[Sequence[Buffer]]) -> None:
+        """Have these packets taken again, before others."""
+        self._events.extendleft(reversed(packets))
 
     def put(self, run_id: str, kind: str, parts: Sequence[Buffer]) -> None:
         """Take an event of a run."""
@@ -69,11 +76,12 @@ class Listener:
         """Return what waits, or comes within so many seconds."""
         if not self._events and seconds > 0:
             self._ready.clear()
+            # An event that is set in vain costs less than the machinery of a timeout.
+            limit = asyncio.get_running_loop().call_later(seconds, self._ready.set)
             try:
-                async with asyncio.timeout(seconds):
-                    await self._ready.wait()
-            except TimeoutError:
-                pass
+                await self._ready.wait()
+            finally:
+                limit.cancel()
         waiting = list(self._events)
         self._events.clear()
         return waiting
@@ -130,6 +138,7 @@ class Hub:
         self._engine = engine
         self._retention = retention
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._runs: dict[str, _OpenRun] = {}
         self._remembered: OrderedDict[str, None] = OrderedDict()
         self._inbox: deque[tuple[str, str, Sequence[Buffer]]] = deque()
@@ -257,6 +266,12 @@ class Hub:
     # --- events -----------------------------------------------------------------
 
     def _post(self, run_id: str, kind: str, parts: Sequence[Buffer]) -> None:
+        if not self._inbox and threading.get_ident() == self._thread:
+            # As they come from child processes: not past those that another thread has posted.
+            self._event(run_id, kind, parts)
+            if self.draining and not len(self):
+                self._settled.set()
+            return
         # From any thread; however many events come while the loop is busy, it is woken once.
         self._inbox.append((run_id, kind, parts))
         if not self._woken:
@@ -270,7 +285,7 @@ class Hub:
         self._woken = False
         while self._inbox:
             self._event(*self._inbox.popleft())
-        if not len(self):
+        if self.draining and not len(self):
             self._settled.set()
 
     def _event(self, run_id: str, kind: str, parts: Sequence[Buffer]) -> None:
@@ -284,9 +299,10 @@ class Hub:
             run.size = sum(memoryview(part).nbytes for part in parts)
             self._kept += run.size
             self.finished += 1
-            logger.info(
-                "run %s of %s: %s after %.3f s", run_id, run.task_id, kind, time.monotonic() - run.begun
-            )
+            if logger.isEnabledFor(logging.INFO):
+                logger.info(
+                    "run %s of %s: %s after %.3f s", run_id, run.task_id, kind, time.monotonic() - run.begun
+                )
         if run.listener is not None:
             run.listener.put(run_id, kind, parts)
         elif run.outcome is not None and run.abandoned:
