@@ -31,8 +31,6 @@ MAX_PACKET = 1024 * 1024 * 1024
 ATTACH = "attach"
 ACK = "ack"
 HELLO = "hello"
-HOLD = "hold"
-MORE = "more"
 PING = "ping"
 UNKNOWN = "unknown"
 #: Entries of a list within an envelope; longer ones are sent in several packets.

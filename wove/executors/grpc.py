@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import threading
+import weakref
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from wove.errors import ConfigurationError, MissingDispatchFeatureError
-from wove.exchange import HOLD, MORE, encode_note, framed
-from wove.executors.network import IN_THREAD_FROM, SILENCE_SECONDS, NetworkExecutor, Request, refused, resolve
+from wove.errors import ConfigurationError, MissingDispatchFeatureError, safe_text
+from wove.exchange import encode_cancel
+from wove.executors.grpc_line import Line, read_hello
+from wove.executors.network import (
+    IN_THREAD_FROM,
+    SILENCE_SECONDS,
+    NetworkExecutor,
+    Request,
+    SentRun,
+    refused,
+)
 from wove.executors.policy import check_policy, client_tls, is_loopback, read_headers, read_pem
 from wove.executors.settings import seconds
 from wove.network_security import NetworkSecurityError, Seal
 from wove.threads import in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Callable, Mapping
+    from concurrent.futures import Future
     from types import ModuleType
 
     from grpc.aio import Channel
+    from typing_extensions import Buffer
+
+    from wove.exchange import Packet
+
+logger = logging.getLogger("wove.executors")
 
 DEFAULT_METHOD = "/wove.network_executor.WorkerService/Send"
 #: Seconds between two questions whether a connection with open calls still stands.
 KEEP_ALIVE = 30.0
-#: What the name of the unary method ends with, and the largest request, in bytes, that is sent there.
-QUICK_SUFFIX = "Quick"
-QUICK_BYTES = 256 * 1024
-#: Seconds after the last unary call until none is held open any more.
-HOLD_AFTER = 10.0
+#: What the name of the method ends with whose calls stay open, and the largest command, in bytes, that goes there.
+LINE_SUFFIX = "Line"
+LINE_BYTES = 256 * 1024
+#: Seconds between two attempts to open such a call.
+LINE_AGAIN = 1.0
 _METHOD = re.compile(r"/[\w.]+/\w+")
 _NAME = re.compile(r"[a-z0-9_.-]+")
 
@@ -40,7 +56,7 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
     """Sends tasks to a worker service over gRPC; events come back as they happen.
 
     A service whose method is unary answers with all events at once, which works as well. Ours has another one
-    beside it that is unary, for the first answer: most runs have ended by then, and a stream costs half as much again.
+    beside it: one call of it stays open and carries most runs, for a call each costs more than most tasks.
 
     ``executor_config``: ``target`` (``"host:port"``, ``"unix:/path"``), ``method``
     (``/wove.network_executor.WorkerService/Send``), ``metadata`` (a mapping), ``secure`` (TLS),
@@ -59,12 +75,11 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         super().__init__()
         self._calls: Any = None
         self._urgent: Any = None
-        self._quick_channel: Any = None
-        self._ask_quick: Any = None
-        self._held: Any = None
-        self._asked_at = 0.0
-        #: Whether the service has the method for short answers, as far as is known.
-        self._quick = True
+        self._lines: Any = None
+        self._line: Line | None = None
+        self._opening: Future[None] | None = None
+        #: When a line may be opened next; never where the service has none.
+        self._line_from = 0.0
         self._channels: list[Channel] = []
 
     @property
@@ -88,15 +103,15 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         credentials = await in_thread(self._credentials, config) if secure else None
         keep_alive = seconds(config, "keep_alive", KEEP_ALIVE)
         # Cancellations have a connection of their own: they never wait behind calls that hang.
-        self._loop_of_calls = await in_thread(loop_of_calls)
+        self._loop_of_calls = loop_of_calls()
 
         async def connect() -> None:
-            self._calls = self._new_channel(credentials, keep_alive)
-            self._urgent = self._new_channel(credentials, keep_alive)
+            channel = self._new_channel(credentials, keep_alive)
+            self._calls = channel.unary_stream(self._method)
+            self._lines = channel.stream_stream(self._method + LINE_SUFFIX)
+            self._urgent = self._new_channel(credentials, keep_alive).unary_stream(self._method)
 
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(connect(), self._loop_of_calls))
-        self._quick_channel = await in_thread(self._new_quick_channel, credentials, keep_alive)
-        self._ask_quick = self._quick_channel.unary_unary(self._method + QUICK_SUFFIX)
 
     def _credentials(self, config: Mapping[str, Any]) -> Any:
         client_tls(config)  # what is no certificate is said in our words
@@ -113,13 +128,7 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         else:
             channel = aio.secure_channel(self._target, credentials, options=options)
         self._channels.append(channel)
-        return channel.unary_stream(self._method)
-
-    def _new_quick_channel(self, credentials: Any, keep_alive: float) -> Any:
-        options = self._options(keep_alive)
-        if credentials is None:
-            return self._grpc.insecure_channel(self._target, options=options)
-        return self._grpc.secure_channel(self._target, credentials, options=options)
+        return channel
 
     def _options(self, keep_alive: float) -> tuple[tuple[str, int], ...]:
         return (
@@ -138,31 +147,24 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
     async def close(self) -> None:
         """Close the connections; see :meth:`NetworkExecutor.close`."""
         channels, self._channels = self._channels, []
-        self._calls = self._urgent = self._ask_quick = None
-        quick, self._quick_channel = self._quick_channel, None
-        if self._held is not None:
-            self._held.cancel()
-        if quick is not None:
-            await in_thread(quick.close)
-        for channel in channels:
-            await asyncio.wrap_future(
-                asyncio.run_coroutine_threadsafe(channel.close(None), self._loop_of_calls)
-            )
+        self._calls = self._urgent = self._lines = None
+        if self._opening is not None:
+            self._opening.cancel()
+        line, self._line = self._line, None
+
+        async def disconnect() -> None:
+            if line is not None:
+                line.close()
+            for channel in channels:
+                await channel.close(None)
+
+        if channels:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(disconnect(), self._loop_of_calls))
 
     async def exchange(self, request: Request, *, urgent: bool) -> AsyncGenerator[bytes, None]:
         """Send a request; see :meth:`NetworkExecutor.exchange`."""
         size = request.size
         body = await in_thread(b"".join, request.body) if size > IN_THREAD_FROM else b"".join(request.body)
-        if self._quick and size <= QUICK_BYTES and not urgent:
-            short = await self._ask(body, request.patience(self.timeout))
-            if short is not None:
-                request.seal, chunk = short
-                request.accept()
-                yield chunk
-                if not request.token:
-                    return
-                # Not all has ended yet: the rest comes as a stream, as it happens.
-                body = b"".join(map(bytes, framed(encode_note(MORE, token=request.token))))
         answer = Pipe()
         conversation = asyncio.run_coroutine_threadsafe(
             self._converse(body, request.patience(self.timeout), answer, urgent=urgent), self._loop_of_calls
@@ -180,62 +182,96 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         finally:
             conversation.cancel()
 
-    # --- unary calls, made from the caller's loop -----------------------------------
+    # --- the call that stays open ---------------------------------------------------
 
-    async def _ask(self, body: bytes, patience: float) -> tuple[Seal, bytes] | None:
-        """Make a unary call; return None when the service has no such method, and has taken nothing."""
-        codes = self._grpc.StatusCode
-        for attempt in range(3):
-            signed = await self._sign(body, self._method + QUICK_SUFFIX)
-            call = await self._unary(body, signed, patience)
-            code = call.code()
-            if code is codes.OK:
-                self._hold(patience)
-                return Seal(self.security.answer_key(dict(signed)), "answer"), call.result()
-            if code is codes.UNIMPLEMENTED:
-                self._quick = False
-                return None
-            if code is codes.DEADLINE_EXCEEDED:
-                raise self._silent(patience)
-            if code is codes.UNAVAILABLE and attempt == 0 and self._asked_at:
-                continue  # a kept connection had ended; a service executes a run once, however often it is sent
-            problem = self._problem(
-                code, call.details(), call.trailing_metadata(), dict(signed), learn=attempt == 0
+    def _put(self, sent: SentRun) -> None:
+        line = self._line
+        if line is None:
+            self._open_line()
+        if line is None or sent.size > LINE_BYTES:
+            super()._put(sent)
+            return
+        self._runs[sent.run_id] = sent
+        sent.carrier = line
+        parts, sent.parts = sent.parts, []
+        # From here on the service may have it.
+        sent.accept()
+        self._tell(line, parts)
+
+    async def _cancel(self, run_id: str) -> None:
+        sent = self._runs.get(run_id)
+        if sent is None or not isinstance(sent.carrier, Line):
+            await super()._cancel(run_id)
+            return
+        sent.abandoned = True
+        self._tell(sent.carrier, encode_cancel(run_id))
+
+    def _tell(self, line: Line, parts: list[Buffer]) -> None:
+        if self._loop is self._loop_of_calls:
+            line.send(parts)
+        else:
+            self._loop_of_calls.call_soon_threadsafe(line.send, parts)
+
+    def _open_line(self) -> None:
+        """Have a line opened; until it is, runs go by calls of their own."""
+        if self._opening is None and self._lines is not None and self._loop.time() >= self._line_from:
+            self._opening = asyncio.run_coroutine_threadsafe(self._greet(), self._loop_of_calls)
+
+    async def _greet(self) -> None:
+        """Open a line. In the loop of calls."""
+        line_from = self._loop.time() + LINE_AGAIN
+        signed = await self._sign(b"", self._method + LINE_SUFFIX)
+        call = self._lines(metadata=(*self._metadata, ("wove-host", self._target), *signed))
+        line: Line | None = None
+        try:
+            hello = await self._within(self.timeout, call.read())
+            line = Line(
+                call,
+                read_hello(hello, self.security.answer_key(dict(signed))),
+                max_message=self.max_message,
+                timeout=self.timeout,
+                take=partial(self._hand_over, self._take_from_line),
+                ended=partial(self._hand_over, self._line_ended),
             )
-            if isinstance(problem, Exception):
-                raise problem
-        raise ConnectionError("it answered that the request's clock is wrong")
-
-    async def _unary(self, body: bytes, signed: tuple[tuple[str, str], ...], patience: float) -> Any:
-        """Make a call and return it when it is done."""
-        if self._ask_quick is None:
-            raise RuntimeError("the grpc executor is not started")
-        done: asyncio.Future[None] = self._loop.create_future()
-        metadata = (*self._metadata, ("wove-host", self._target), *signed)
-        call = self._ask_quick.future(body, metadata=metadata, timeout=patience)
-        call.add_done_callback(partial(_wake, self._loop, done))
-        try:
-            await done
-        except BaseException:
-            call.cancel()
-            raise
-        return call
-
-    def _hold(self, patience: float) -> None:
-        """Keep a call open while there are others: grpcio ends its thread with the last one, and starts another."""
-        self._asked_at = self._loop.time()
-        if self._held is None:
-            self._held = self._loop.create_task(self._keep_held(patience), name="wove-grpc-hold")
-
-    async def _keep_held(self, patience: float) -> None:
-        body = b"".join(map(bytes, framed(encode_note(HOLD))))
-        try:
-            while self._loop.time() - self._asked_at < HOLD_AFTER and self._ask_quick is not None:
-                call = await self._unary(body, await self._sign(body, self._method + QUICK_SUFFIX), patience)
-                if call.code() is not self._grpc.StatusCode.OK:
-                    await asyncio.sleep(1.0)  # what is wrong is said to whoever runs something
+        except Exception as exc:
+            # Calls of their own say what is wrong, and learn the service's clock.
+            if call.done() and await call.code() is self._grpc.StatusCode.UNIMPLEMENTED:
+                line_from = float("inf")
+            logger.debug("no line to %s: %s", self._target, exc)
         finally:
-            self._held = None
+            if line is None:
+                call.cancel()
+            self._hand_over(self._line_opened, line, line_from)
+
+    def _hand_over(self, func: Callable[..., None], *args: Any) -> None:
+        """Call something in the executor's loop."""
+        if self._loop is self._loop_of_calls:
+            func(*args)
+            return
+        try:
+            self._loop.call_soon_threadsafe(func, *args)
+        except RuntimeError:
+            pass  # that loop has ended, and whoever waited with it
+
+    def _line_opened(self, line: Line | None, line_from: float) -> None:
+        self._opening = None
+        self._line_from = line_from
+        self._line = line
+        if line is not None and self._lines is None:
+            self._line = None
+            self._loop_of_calls.call_soon_threadsafe(line.close)
+
+    def _line_ended(self, line: Line, problem: Exception) -> None:
+        if self._line is line:
+            self._line = None
+        for sent in [sent for sent in self._runs.values() if sent.carrier is line]:
+            self._lose(sent, safe_text(problem, 1_000))
+
+    def _take_from_line(self, packets: list[Packet]) -> None:
+        for packet in packets:
+            sent = self._runs.get(str(packet.envelope.get("run_id")))
+            if sent is not None:
+                self._take_packet(packet, sent)
 
     # --- in the loop of all calls -------------------------------------------------
 
@@ -332,13 +368,6 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         return ConnectionError(f'nothing came from it for {seconds:g} s (executor_config["timeout"])')
 
 
-def _wake(loop: asyncio.AbstractEventLoop, done: asyncio.Future[None], call: Any) -> None:
-    try:
-        loop.call_soon_threadsafe(resolve, done, None)
-    except RuntimeError:
-        pass  # that loop has ended, and whoever waited with it
-
-
 class Pipe:
     """Carries what a call yields from the loop of calls to the loop that it was made in."""
 
@@ -365,19 +394,26 @@ class Pipe:
 
 
 _loops: dict[int, asyncio.AbstractEventLoop] = {}
+_own: dict[int, weakref.ref[asyncio.AbstractEventLoop]] = {}
 _loops_lock = threading.Lock()
 
 
 def loop_of_calls() -> asyncio.AbstractEventLoop:
-    """Return this process's event loop for gRPC, in a thread of its own.
+    """Return the event loop that calls are made in: the running one, else this process's for gRPC.
 
-    grpcio polls once per process for all event loops; one that ends while it is still polled for makes it
-    stumble. This one never ends.
+    grpcio polls once per process, for all event loops: several that are open at once get in each other's way. So
+    the loop that comes first makes its own calls, and others have theirs made in a thread that never ends.
     """
+    running = asyncio.get_running_loop()
+    pid = os.getpid()
     with _loops_lock:
-        loop = _loops.get(os.getpid())
+        first = _own[pid]() if pid in _own else None
+        if pid not in _loops and (first is None or first is running or first.is_closed()):
+            _own[pid] = weakref.ref(running)
+            return running
+        loop = _loops.get(pid)
         if loop is None:
-            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            loop = _loops[pid] = asyncio.new_event_loop()
             threading.Thread(target=_run_for_ever, args=(loop,), name="wove-grpc", daemon=True).start()
         return loop
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove import frames
 from wove.errors import ProtocolError, SubmitError, WoveError, safe_text
-from wove.exchange import MORE, Packet, PacketReader, encode_cancel, framed, lost_frame
+from wove.exchange import Packet, PacketReader, encode_cancel, framed, lost_frame
 from wove.executors.base import EnvironmentExecutor, FrameChannel
 from wove.executors.events import CommandEncoder, EventDecoder
 from wove.executors.settings import check_keys, seconds, whole_number
@@ -65,8 +65,6 @@ class Request:
         self.seal = Seal(None, "answer")
         self.accepted = False
         self.on_accepted: Callable[[], None] | None = None
-        #: By what the rest of the answer is asked for, where there is one.
-        self.token = ""
 
     def accept(self) -> None:
         """The service has accepted the request: called by the transport before it yields anything."""
@@ -79,11 +77,11 @@ class Request:
         return timeout + self.size / SLOWEST
 
 
-class _Sent:
+class SentRun:
     """A run on its way."""
 
     __slots__ = (
-        "_done", "abandoned", "accepted", "ended", "exchange", "parts", "run_id", "seq", "size", "task_id",
+        "_done", "abandoned", "accepted", "carrier", "ended", "parts", "run_id", "seq", "size", "task_id",
     )  # fmt: skip
 
     def __init__(self, frame: Frame, parts: list[Buffer], done: Callable[[Exception | None], None]) -> None:
@@ -94,7 +92,8 @@ class _Sent:
         #: Whether it was said what became of the submission.
         self.accepted = False
         self._done = done
-        self.exchange: asyncio.Task[None] | None = None
+        #: What it is under way by: the task of its request, or a transport's own.
+        self.carrier: object = None
         self.ended = False
         self.abandoned = False
         self.seq = 1
@@ -119,8 +118,8 @@ class NetworkExecutor(EnvironmentExecutor):
         self._channel: FrameChannel | None = None
         self._decoder: EventDecoder | None = None
         self._encoder: CommandEncoder | None = None
-        self._outbox: list[_Sent] = []
-        self._runs: dict[str, _Sent] = {}
+        self._outbox: list[SentRun] = []
+        self._runs: dict[str, SentRun] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._flushing = False
         self._warm_until = 0.0
@@ -192,7 +191,7 @@ class NetworkExecutor(EnvironmentExecutor):
         parts = self._encoder.encode_light(frame)
         if parts is None:
             return False
-        self._put(_Sent(frame, parts, done))
+        self._put(SentRun(frame, parts, done))
         return True
 
     def attach(self, take: Callable[[Frame], None]) -> bool:
@@ -227,7 +226,7 @@ class NetworkExecutor(EnvironmentExecutor):
     async def _submit(self, frame: Frame, encoder: CommandEncoder) -> None:
         frame = self._limited(frame)
         accepted: asyncio.Future[None] = self._loop.create_future()
-        sent = _Sent(frame, await encoder.encode(frame), partial(resolve, accepted))
+        sent = SentRun(frame, await encoder.encode(frame), partial(resolve, accepted))
         self._put(sent)
         try:
             await accepted
@@ -239,7 +238,7 @@ class NetworkExecutor(EnvironmentExecutor):
     def _limited(self, frame: Frame) -> Frame:
         return {**frame, "max_body": self.max_message - ENVELOPE_ALLOWANCE}
 
-    def _put(self, sent: _Sent) -> None:
+    def _put(self, sent: SentRun) -> None:
         self._runs[sent.run_id] = sent
         self._outbox.append(sent)
         if not self._flushing:
@@ -247,7 +246,7 @@ class NetworkExecutor(EnvironmentExecutor):
             self._flushing = True
             self._spawn(self._flush(), f"wove-{self.transport}-exchange")
 
-    def _take_back(self, sent: _Sent) -> bool:
+    def _take_back(self, sent: SentRun) -> bool:
         """Forget a run that has not left yet."""
         if sent not in self._outbox:
             return False
@@ -279,10 +278,10 @@ class NetworkExecutor(EnvironmentExecutor):
             other, outbox = _first_batch(outbox)
             spawned = self._spawn(self._deliver(other), f"wove-{self.transport}-exchange")
             for sent in other:
-                sent.exchange = spawned
+                sent.carrier = spawned
         task = asyncio.current_task()
         for sent in batch:
-            sent.exchange = task
+            sent.carrier = task
         await self._deliver(batch)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -291,7 +290,7 @@ class NetworkExecutor(EnvironmentExecutor):
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _deliver(self, batch: list[_Sent]) -> None:
+    async def _deliver(self, batch: list[SentRun]) -> None:
         """Send one request and hand its events on, until each of its runs has ended, one way or another."""
         body: list[Buffer] = []
         for sent in batch:
@@ -315,7 +314,7 @@ class NetworkExecutor(EnvironmentExecutor):
             for sent in batch:
                 self._lose(sent, problem)
 
-    def _reject(self, batch: list[_Sent], exc: Exception) -> None:
+    def _reject(self, batch: list[SentRun], exc: Exception) -> None:
         certain = isinstance(exc, (RefusedError, NetworkSecurityError))
         for sent in batch:
             if sent.accepted:
@@ -330,7 +329,7 @@ class NetworkExecutor(EnvironmentExecutor):
             self._runs.pop(sent.run_id, None)
             sent.accept(error)
 
-    async def _receive(self, request: Request, runs: dict[str, _Sent]) -> None:
+    async def _receive(self, request: Request, runs: dict[str, SentRun]) -> None:
         reader = PacketReader(self.max_message)
         async with aclosing(self.exchange(request, urgent=False)) as answer:
             async for chunk in answer:
@@ -340,19 +339,21 @@ class NetworkExecutor(EnvironmentExecutor):
         if not reader.idle:
             raise ProtocolError("its answer was cut in the middle of a packet")
 
-    async def _take(self, raw: memoryview, request: Request, runs: dict[str, _Sent]) -> None:
+    async def _take(self, raw: memoryview, request: Request, runs: dict[str, SentRun]) -> None:
         seal = request.seal
         if raw.nbytes < IN_THREAD_FROM:
             verified = seal.open(raw)
         else:
             verified = await in_thread(seal.open, raw)
         packet = Packet(verified)
-        if packet.kind == MORE:
-            request.token = safe_text(packet.envelope.get("token"), 64)
-            return
         sent = runs.get(str(packet.envelope.get("run_id")))
-        if sent is None or sent.ended or self._decoder is None:
-            return  # a ping, or somebody else's
+        if sent is not None:  # else a ping, or somebody else's
+            self._take_packet(packet, sent)
+
+    def _take_packet(self, packet: Packet, sent: SentRun) -> None:
+        """Hand on what was verified."""
+        if sent.ended or self._decoder is None:
+            return
         if packet.is_terminal:
             sent.ended = True
             self._runs.pop(sent.run_id, None)
@@ -360,7 +361,7 @@ class NetworkExecutor(EnvironmentExecutor):
         sent.seq = seq if isinstance(seq, int) else sent.seq
         self._decoder.take_packet(packet)
 
-    def _lose(self, sent: _Sent, problem: str) -> None:
+    def _lose(self, sent: SentRun, problem: str) -> None:
         sent.accept()
         if sent.ended:
             return
@@ -388,15 +389,15 @@ class NetworkExecutor(EnvironmentExecutor):
             # A service that hangs holds its connection no longer than this.
             self._loop.call_later(CANCEL_GRACE, self._give_up, sent)
 
-    def _give_up(self, sent: _Sent) -> None:
-        exchange = sent.exchange
-        if sent.ended or exchange is None or exchange.done():
+    def _give_up(self, sent: SentRun) -> None:
+        exchange = sent.carrier
+        if sent.ended or not isinstance(exchange, asyncio.Task) or exchange.done():
             return
-        if all(run.abandoned for run in self._runs.values() if run.exchange is exchange):
+        if all(run.abandoned for run in self._runs.values() if run.carrier is exchange):
             exchange.cancel()
 
 
-def _first_batch(outbox: list[_Sent]) -> tuple[list[_Sent], list[_Sent]]:
+def _first_batch(outbox: list[SentRun]) -> tuple[list[SentRun], list[SentRun]]:
     """Return the runs that leave in one request, and the others."""
     count = size = 0
     while count < min(len(outbox), MAX_BATCH) and (not count or size + outbox[count].size < MAX_BATCH_BYTES):
@@ -405,7 +406,7 @@ def _first_batch(outbox: list[_Sent]) -> tuple[list[_Sent], list[_Sent]]:
     return outbox[:count], outbox[count:]
 
 
-def _accept(batch: list[_Sent]) -> None:
+def _accept(batch: list[SentRun]) -> None:
     for sent in batch:
         sent.accept()
 

@@ -59,6 +59,8 @@ _BACKOFF = (0.05, 0.2, 0.5, 1.0, 2.0)
 #: Seconds between two signs of life of ours, and that acknowledgements wait for company.
 PING_SECONDS = 10.0
 ACK_SECONDS = 0.05
+#: Looks, within the silence that is allowed, whether anything has come.
+SILENCE_LOOKS = 4
 CHUNK = 512 * 1024
 
 
@@ -116,6 +118,8 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
         self._ack_timer: asyncio.TimerHandle | None = None
         self._instance = ""
         self._problem = ""
+        #: Whether anything has come since somebody last looked.
+        self._heard = True
 
     async def start(
         self,
@@ -372,15 +376,17 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
         reading = asyncio.ensure_future(self._read(socket, down))
         writing = asyncio.ensure_future(self._write_all(socket, up))
         pinging = asyncio.ensure_future(self._ping())
+        listening = asyncio.ensure_future(self._until_silent())
+        tasks = (reading, writing, listening, pinging)
         try:
-            await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (reading, writing, pinging):
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait((reading, writing, pinging))
+            await asyncio.wait(tasks)
             await socket.close()
             await _until_closed(descriptor)
-        for task in (reading, writing):
+        for task in tasks:
             if not task.cancelled() and (exc := task.exception()) is not None:
                 raise exc
 
@@ -389,6 +395,17 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
         while True:
             await asyncio.sleep(PING_SECONDS)
             self._write(encode_note(PING))
+
+    async def _until_silent(self) -> None:
+        """Raise when nothing has come for long: one look now and then, where a limit for each message costs much."""
+        silence = max(self._timeout, SILENCE_SECONDS)
+        quiet = 0
+        while quiet < SILENCE_LOOKS:
+            quiet += 1
+            if self._heard:
+                self._heard, quiet = False, 0
+            await asyncio.sleep(silence / SILENCE_LOOKS)
+        raise ConnectionError(explain(TimeoutError(), silence))
 
     async def _write_all(self, socket: ClientWebSocketResponse, seal: Seal) -> None:
         while True:
@@ -409,12 +426,9 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
 
     async def _read(self, socket: ClientWebSocketResponse, seal: Seal) -> None:
         reader = PacketReader(self._max_message)
-        silence = max(self._timeout, SILENCE_SECONDS)
         while True:
-            try:
-                message = await socket.receive(timeout=silence)
-            except TimeoutError as exc:
-                raise ConnectionError(explain(exc, silence)) from None
+            message = await socket.receive()
+            self._heard = True
             if message.type is not self._aiohttp.WSMsgType.BINARY:
                 raise ConnectionError(f"the socket was closed ({socket.close_code})")
             for raw in reader.feed(seal.open(memoryview(message.data))):

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from wove.errors import ConfigurationError, ProtocolError
-from wove.exchange import HOLD, MORE, Packet, chunked, encode_note, split_packets
-from wove.network_security import NetworkSecurityError, Seal
+from wove.errors import ConfigurationError, ProtocolError, WoveError
+from wove.exchange import (
+    HELLO,
+    PING,
+    VERSION,
+    Packet,
+    PacketReader,
+    chunked,
+    encode_note,
+    framed,
+    split_packets,
+)
+from wove.network_security import NetworkSecurityError, Seal, channel_key
 from wove.worker.services.hub import Listener
 from wove.worker.services.listen import Address, run_until_told, start_listening
 from wove.worker.services.service import (
@@ -23,24 +34,23 @@ from wove.worker.services.service import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator
 
     from typing_extensions import Buffer
 
     from wove.network_security import Verified
+
+logger = logging.getLogger("wove.worker")
 
 DEFAULT_METHOD = "/wove.network_executor.WorkerService/Send"
 #: Bytes of the answer in one message.
 CHUNK = 1024 * 1024
 #: Seconds that calls get to end when the server does.
 STOP_SECONDS = 1.0
-#: What the name of the unary method ends with.
-QUICK_SUFFIX = "Quick"
-#: Seconds that a caller has to ask for the rest of an answer, and the largest request that may hold nothing but a note.
-CONTINUE_SECONDS = 5.0
-NOTE_BYTES = 256
-#: Seconds that a call stays open whose caller wants just that.
-HOLD_SECONDS = 2.0
+#: What the name of the method ends with whose calls stay open.
+LINE_SUFFIX = "Line"
+#: Bytes of the stream in one message there.
+LINE_CHUNK = 512 * 1024
 
 
 def grpc_handler(
@@ -72,11 +82,9 @@ class WorkerHandler(grpc.GenericRpcHandler):
         self._started = False
         self._handlers: dict[str, Any] = {
             method: grpc.unary_stream_rpc_method_handler(self._send),
-            method + QUICK_SUFFIX: grpc.unary_unary_rpc_method_handler(self._send_quick),
+            method + LINE_SUFFIX: grpc.stream_stream_rpc_method_handler(self._line),
         }
-        #: Answers of which the first part was handed over: what comes of their runs, by the word to ask with.
-        self._unfinished: dict[str, Listener] = {}
-        self._held: set[asyncio.Future[None]] = set()
+        self._open_lines: set[asyncio.Task[Any]] = set()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of a call, or None for another method."""
@@ -101,10 +109,9 @@ class WorkerHandler(grpc.GenericRpcHandler):
             await self.start()
         verified = await self._verify(body, context, self.method)
         seal = Seal(verified.key, "answer")
-        listener = self._continued(body) or Listener()
+        listener = Listener()
         try:
-            if not listener.continued:
-                await self._take(body, listener, context)
+            await self._take(body, listener, context)
             quick = await sealed(await listener.take_quick(QUICK_SECONDS), seal)
             # The caller learns that its commands were taken, long before anything comes of slow ones.
             await context.send_initial_metadata(())
@@ -119,59 +126,64 @@ class WorkerHandler(grpc.GenericRpcHandler):
             self.tasks.hub.detach(listener, retention=CUT_SECONDS)
         self.tasks.hub.delivered(listener.ended)
 
-    async def _send_quick(self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-        """Answer with what comes of short runs; of others the rest is asked for by a token."""
+    async def _line(self, requests: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        """Take commands, and say what comes of them, for as long as the caller likes."""
         if not self._started:
             await self.start()
-        verified = await self._verify(body, context, self.method + QUICK_SUFFIX)
-        if len(body) <= NOTE_BYTES and _only(body, HOLD) is not None:
-            await self._hold()
-            return b""
+        verified = await self._verify(b"", context, self.method + LINE_SUFFIX)
+        nonce = secrets.token_hex(16)
+        hello = encode_note(HELLO, v=VERSION, nonce=nonce, instance=self.tasks.instance)
+        await context.write(b"".join([Seal(verified.key, "hello").tag(hello), *hello]))
+        key = channel_key(verified.key, nonce.encode())
         listener = Listener()
-        packets: list[Sequence[Buffer]] = []
+        task = asyncio.current_task()
+        writing = asyncio.create_task(self._write_line(listener, context, Seal(key, "down")))
+        if task is not None:
+            self._open_lines.add(task)
         try:
-            await self._take(body, listener, context)
-            packets = await listener.take_quick(QUICK_SECONDS)
-            size = sum(memoryview(part).nbytes for parts in packets for part in parts)
-            if listener.done and size <= CHUNK:
-                self.tasks.hub.delivered(listener.ended)
-                return b"".join(await sealed(packets, Seal(verified.key, "answer")))
-        except BaseException:
+            await self._read_line(listener, context, Seal(key, "up"))
+        except WoveError as exc:
+            logger.warning("a call from %s: %s", context.peer(), exc)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(exc))
+        finally:
+            if task is not None:
+                self._open_lines.discard(task)
             self.tasks.hub.detach(listener, retention=CUT_SECONDS)
-            raise
-        listener.put_back(packets)
-        token = secrets.token_hex(16)
-        self._unfinished[token] = listener
-        asyncio.get_running_loop().call_later(CONTINUE_SECONDS, self._give_up, token)
-        return b"".join(await sealed([encode_note(MORE, token=token)], Seal(verified.key, "answer")))
+            writing.cancel()
+            await asyncio.wait((writing,))
 
-    async def _hold(self) -> None:
-        """Answer after a while, or when the service ends: the caller wants an open call, and nothing else."""
-        held: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._held.add(held)
-        await asyncio.wait((held,), timeout=HOLD_SECONDS)
-        self._held.discard(held)
+    async def _read_line(
+        self, listener: Listener, context: grpc.aio.ServicerContext[bytes, bytes], seal: Seal
+    ) -> None:
+        reader = PacketReader(self.tasks.max_request)
+        while isinstance(message := await context.read(), bytes):
+            for raw in reader.feed(seal.open(memoryview(message))):
+                packet = Packet(raw)
+                if packet.kind == PING:
+                    listener.say(encode_note(PING))
+                else:
+                    self.tasks.hub.take(packet, listener)
+
+    async def _write_line(
+        self, listener: Listener, context: grpc.aio.ServicerContext[bytes, bytes], seal: Seal
+    ) -> None:
+        try:
+            while True:
+                pieces: list[Buffer] = []
+                for parts in await listener.take(PING_SECONDS):
+                    pieces += framed(parts)
+                ended, listener.ended = listener.ended, []
+                for chunk in chunked(pieces, LINE_CHUNK):
+                    await context.write(b"".join((seal.tag([chunk]), chunk)))
+                self.tasks.hub.delivered(ended)
+        except Exception as exc:
+            # The reading side notices, too, and cleans up.
+            logger.debug("a call could not be written to: %s", exc)
 
     def release(self) -> None:
-        """Answer the calls that are open for nothing, so that the server need not wait for them."""
-        for held in self._held:
-            if not held.done():
-                held.set_result(None)
-
-    def _give_up(self, token: str) -> None:
-        listener = self._unfinished.pop(token, None)
-        if listener is not None:
-            self.tasks.hub.detach(listener, retention=CUT_SECONDS)
-
-    def _continued(self, body: bytes) -> Listener | None:
-        """Return who listens to the runs whose first answer the caller has had."""
-        note = _only(body, MORE) if self._unfinished and len(body) <= NOTE_BYTES else None
-        if note is None:
-            return None
-        listener = self._unfinished.pop(str(note.envelope.get("token")), None)
-        if listener is not None:
-            listener.continued = True
-        return listener
+        """End the calls that stay open, so that the server need not wait for them."""
+        for task in self._open_lines:
+            task.cancel()
 
     async def _take(
         self, body: bytes, listener: Listener, context: grpc.aio.ServicerContext[bytes, bytes]
@@ -199,15 +211,6 @@ class WorkerHandler(grpc.GenericRpcHandler):
             clock = tuple((name.lower(), value) for name, value in exc.clock.items())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "not authenticated", trailing_metadata=clock)
         return verified
-
-
-def _only(body: bytes, kind: str) -> Packet | None:
-    """Return the packet of a request that holds that one, and no other."""
-    try:
-        packets = [Packet(raw) for raw in split_packets(body)]
-    except ProtocolError:
-        return None  # said where commands are taken
-    return packets[0] if len(packets) == 1 and packets[0].kind == kind else None
 
 
 async def serve_grpc(service: Service, address: Address) -> None:

@@ -47,12 +47,8 @@ class Listener:
         self.open: set[str] = set()
         self.ended: list[str] = []
         self.closed = False
-        #: Whether its caller has had a first answer, and asks for the rest.
-        self.continued = False
-
-    def put_back(self, packets: Sequence[Sequence[Buffer]]) -> None:
-        """Have these packets taken again, before others."""
-        self._events.extendleft(reversed(packets))
+        #: Whether anything has come from its caller since somebody last looked.
+        self.heard = False
 
     def put(self, run_id: str, kind: str, parts: Sequence[Buffer]) -> None:
         """Take an event of a run."""

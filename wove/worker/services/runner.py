@@ -371,12 +371,15 @@ class _Beater:
         self._wake = threading.Condition()
         self._wake_at = float("inf")
         self._thread: threading.Thread | None = None
+        #: Whether a run has begun since the last look.
+        self._watched = False
         self._closed = False
 
     def watch(self, run: Run) -> None:
         """Beat for ``run`` until it is no longer among the runs."""
         with self._wake:
             run.next_beat = time.monotonic() + STARTED_SECONDS
+            self._watched = True
             if run.next_beat >= self._wake_at:
                 return
             if self._thread is None:
@@ -402,7 +405,10 @@ class _Beater:
                     except Exception:
                         logger.exception("a beat of run %s could not be sent", run.run_id)
             with self._wake:
-                started = [run.next_beat for run in list(self._runs.values()) if run.next_beat]
-                self._wake_at = min(started, default=now + BEAT_SECONDS)
+                # Where a run has begun others follow: each would wake this thread if it waited for long.
+                soon = now + (STARTED_SECONDS if self._watched else BEAT_SECONDS)
+                self._watched = False
+                due = [run.next_beat for run in list(self._runs.values()) if run.next_beat]
+                self._wake_at = min([soon, *due])
                 if not self._closed:
                     self._wake.wait(max(0.0, self._wake_at - time.monotonic()))

@@ -42,6 +42,7 @@ CHUNK = 512 * 1024
 MAX_MESSAGE = CHUNK + 1024
 #: Seconds after which a caller that says nothing, not even that it is there, is gone.
 SILENCE_SECONDS = 60.0
+SILENCE_LOOKS = 4
 
 
 def websocket_application(service: Service | None = None, **options: Any) -> web.Application:
@@ -97,16 +98,31 @@ class _SocketRoutes(Routes):
         await socket.send_bytes(b"".join([Seal(verified.key, "hello").tag(hello), *hello]))
         key = channel_key(verified.key, nonce.encode())
         writing = asyncio.create_task(_write(socket, listener, Seal(key, "down")))
+        reading = asyncio.create_task(self._read(socket, listener, Seal(key, "up")))
+        listening = asyncio.create_task(self._until_silent(listener))
         try:
-            await self._read(socket, listener, Seal(key, "up"))
+            await asyncio.wait((reading, listening), return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                reading.result()
         finally:
-            writing.cancel()
-            await asyncio.wait((writing,))
+            for task in (writing, reading, listening):
+                task.cancel()
+            await asyncio.wait((writing, reading, listening))
+
+    async def _until_silent(self, listener: Listener) -> None:
+        # One look now and then: a limit for each message costs as much as the message.
+        quiet = 0
+        while quiet < SILENCE_LOOKS:
+            quiet += 1
+            if listener.heard:
+                listener.heard, quiet = False, 0
+            await asyncio.sleep(SILENCE_SECONDS / SILENCE_LOOKS)
 
     async def _read(self, socket: web.WebSocketResponse, listener: Listener, seal: Seal) -> None:
         reader = PacketReader(self.service.max_request)
         while True:
-            message = await socket.receive(timeout=SILENCE_SECONDS)
+            message = await socket.receive()
+            listener.heard = True
             if message.type is not WSMsgType.BINARY:
                 return
             for raw in reader.feed(seal.open(memoryview(message.data))):
