@@ -18,7 +18,7 @@ from wove.exchange import PING, Packet, encode_note, lost_frame
 from wove.wire import pack_message
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from typing_extensions import Buffer
 
@@ -49,6 +49,9 @@ class Listener:
         self.closed = False
         #: Whether anything has come from its caller since somebody last looked.
         self.heard = False
+        #: Takes what waits once the last open run has ended, if it can take that at once; and whether it may now.
+        self.deliver_now: Callable[[Sequence[Sequence[Buffer]]], bool] | None = None
+        self._idle = False
 
     def put(self, run_id: str, kind: str, parts: Sequence[Buffer]) -> None:
         """Take an event of a run."""
@@ -58,6 +61,10 @@ class Listener:
         elif len(self._events) > MAX_WAITING:
             return
         self.say(parts)
+        if self.deliver_now is not None and self._idle and not self.open:
+            if self.deliver_now(self._events):
+                self._events.clear()
+                self.ended.clear()  # such a caller says itself which outcomes have arrived
 
     def say(self, parts: Sequence[Buffer]) -> None:
         """Take a packet that belongs to no run."""
@@ -65,8 +72,20 @@ class Listener:
         self._ready.set()
 
     async def take(self, seconds: float) -> list[Sequence[Buffer]]:
-        """Return what waits; after so many seconds without anything a ping."""
-        return await self.take_within(seconds) or [encode_note(PING)]
+        """Return what waits; after so many seconds without anything a ping.
+
+        Meanwhile what ``deliver_now`` can take goes there.
+        """
+        until = time.monotonic() + seconds
+        self._idle = True
+        try:
+            while (rest := until - time.monotonic()) > 0:
+                # It may wake for what was delivered before its turn came.
+                if waiting := await self.take_within(rest):
+                    return waiting
+            return [encode_note(PING)]
+        finally:
+            self._idle = False
 
     async def take_within(self, seconds: float) -> list[Sequence[Buffer]]:
         """Return what waits, or comes within so many seconds."""

@@ -35,9 +35,9 @@ logger = logging.getLogger("wove.worker")
 #: Seconds that a process gets to say that it is ready, and to end when it is told to.
 START_SECONDS = 20.0
 STOP_SECONDS = 2.0
-#: Seconds until a process that died before it was ready is started again; doubled each time.
 #: Pieces that do not wait for more: the process begins with them meanwhile.
 _ENOUGH = 16
+#: Seconds until a process that died before it was ready is started again, by how often that has happened.
 RESTART_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -167,10 +167,11 @@ class ChildProcesses:
 
     def _send(self, child: Child, parts: Sequence[Buffer]) -> None:
         """Send a packet; what is sent in one turn of the loop leaves together, unless that would keep it waiting."""
-        if not child.unsent:
-            self._loop.call_soon(self._write, child)
+        first = not child.unsent
         child.put(parts)
-        if len(child.unsent) == _ENOUGH:
+        if first and len(child.runs) > 1:
+            self._loop.call_soon(self._write, child)
+        elif first or len(child.unsent) == _ENOUGH:
             self._write(child)
 
     def _write(self, child: Child) -> None:
