@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
-import threading
-import weakref
-from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove.errors import ConfigurationError, MissingDispatchFeatureError, safe_text
 from wove.exchange import encode_cancel
 from wove.executors.grpc_line import Line, read_hello
+from wove.executors.grpc_loop import Pipe, loop_of_calls
 from wove.executors.network import (
     IN_THREAD_FROM,
     SILENCE_SECONDS,
@@ -220,28 +217,44 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
     async def _greet(self) -> None:
         """Open a line. In the loop of calls."""
         line_from = self._loop.time() + LINE_AGAIN
-        signed = await self._sign(b"", self._method + LINE_SUFFIX)
-        call = self._lines(metadata=(*self._metadata, ("wove-host", self._target), *signed))
         line: Line | None = None
         try:
-            hello = await self._within(self.timeout, call.read())
-            line = Line(
-                call,
-                read_hello(hello, self.security.answer_key(dict(signed))),
-                max_message=self.max_message,
-                timeout=self.timeout,
-                take=partial(self._hand_over, self._take_from_line),
-                ended=partial(self._hand_over, self._line_ended),
-            )
+            line = await self._try_line() or await self._try_line()
         except Exception as exc:
-            # Calls of their own say what is wrong, and learn the service's clock.
-            if call.done() and await call.code() is self._grpc.StatusCode.UNIMPLEMENTED:
-                line_from = float("inf")
+            # Calls of their own say what is wrong.
             logger.debug("no line to %s: %s", self._target, exc)
+            if isinstance(exc, NotImplementedError):
+                line_from = float("inf")
         finally:
-            if line is None:
-                call.cancel()
             self._hand_over(self._line_opened, line, line_from)
+
+    async def _try_line(self) -> Line | None:
+        """Return a line, or None when the service's clock was learnt instead."""
+        signed = await self._sign(b"", self._method + LINE_SUFFIX)
+        call = self._lines(metadata=(*self._metadata, ("wove-host", self._target), *signed))
+        try:
+            seals = read_hello(
+                await self._within(self.timeout, call.read()), self.security.answer_key(dict(signed))
+            )
+        except BaseException as exc:
+            ended = call.done()
+            call.cancel()
+            if not ended or not isinstance(exc, Exception):
+                raise
+            if await call.code() is self._grpc.StatusCode.UNIMPLEMENTED:
+                raise NotImplementedError("the service has no such method") from exc
+            told = {str(name): str(value) for name, value in await call.trailing_metadata() or ()}
+            if self.security.learn_clock(dict(signed), told):
+                return None
+            raise
+        return Line(
+            call,
+            seals,
+            max_message=self.max_message,
+            timeout=self.timeout,
+            take=partial(self._hand_over, self._take_from_line),
+            ended=partial(self._hand_over, self._line_ended),
+        )
 
     def _hand_over(self, func: Callable[..., None], *args: Any) -> None:
         """Call something in the executor's loop."""
@@ -366,61 +379,6 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
 
     def _silent(self, seconds: float) -> ConnectionError:
         return ConnectionError(f'nothing came from it for {seconds:g} s (executor_config["timeout"])')
-
-
-class Pipe:
-    """Carries what a call yields from the loop of calls to the loop that it was made in."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._items: deque[Any] = deque()
-        self._ready = asyncio.Event()
-
-    def put(self, *items: Any) -> None:
-        """Hand items over, from any thread."""
-        self._items.extend(items)
-        try:
-            self._loop.call_soon_threadsafe(self._ready.set)
-        except RuntimeError:
-            pass  # that loop has ended, and whoever waited with it
-
-    async def get(self) -> Any:
-        """Return the next item, waiting for it."""
-        while not self._items:
-            self._ready.clear()
-            if not self._items:  # another thread may have put one meanwhile
-                await self._ready.wait()
-        return self._items.popleft()
-
-
-_loops: dict[int, asyncio.AbstractEventLoop] = {}
-_own: dict[int, weakref.ref[asyncio.AbstractEventLoop]] = {}
-_loops_lock = threading.Lock()
-
-
-def loop_of_calls() -> asyncio.AbstractEventLoop:
-    """Return the event loop that calls are made in: the running one, else this process's for gRPC.
-
-    grpcio polls once per process, for all event loops: several that are open at once get in each other's way. So
-    the loop that comes first makes its own calls, and others have theirs made in a thread that never ends.
-    """
-    running = asyncio.get_running_loop()
-    pid = os.getpid()
-    with _loops_lock:
-        first = _own[pid]() if pid in _own else None
-        if pid not in _loops and (first is None or first is running or first.is_closed()):
-            _own[pid] = weakref.ref(running)
-            return running
-        loop = _loops.get(pid)
-        if loop is None:
-            loop = _loops[pid] = asyncio.new_event_loop()
-            threading.Thread(target=_run_for_ever, args=(loop,), name="wove-grpc", daemon=True).start()
-        return loop
-
-
-def _run_for_ever(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    loop.run_forever()
 
 
 def _require_grpc() -> ModuleType:
