@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 #: Names of :mod:`wove.keyring` and :mod:`wove.network_security` are known by this module's name as well.
 __all__ = [
     "MIN_SECRET", "NetworkExecutorSecurity", "Secret", "SecretRing", "beat_tag", "cancel_tag", "cookie_path",
-    "event_tag", "fetch_tag", "find_secrets", "is_cookie", "mac", "open_payload", "reply_tag", "run_key", "same",
-    "scrub", "seal_payload", "webhook_token", "without_passwords",
+    "event_mac", "event_tag", "fetch_tag", "find_secrets", "is_cookie", "mac", "open_payload", "part_tag", "reply_tag", "run_key",
+    "same", "scrub", "seal_payload", "webhook_token", "without_passwords",
 ]  # fmt: skip
 
 #: Bytes of a signature.
@@ -57,6 +57,14 @@ def mac(key: bytes, fields: Iterable[bytes | str], parts: Iterable[Buffer] = ())
     for part in (*pieces, *parts):
         digest.update(part)
     return digest.digest()
+
+
+def _begun(key: bytes, fields: Iterable[bytes | str]) -> hmac.HMAC:
+    digest = hmac.new(key, digestmod=hashlib.sha256)
+    for field in fields:
+        raw = field.encode() if isinstance(field, str) else field
+        digest.update(_LENGTH.pack(len(raw)) + raw)
+    return digest
 
 
 def same(expected: bytes, given: bytes) -> bool:
@@ -129,7 +137,16 @@ def run_key(secret: Secret, environment: str, run_id: str, nonce: bytes) -> byte
 
 def event_tag(key: bytes, run_id: str, codec: str, final: bool, body: Sequence[Buffer]) -> bytes:
     """Sign the body of an events request."""
-    return mac(key, ("wove/1 event", run_id, codec, "1" if final else "0"), body)
+    return mac(key, _event_fields(run_id, codec, final), body)
+
+
+def event_mac(key: bytes, run_id: str, codec: str, final: bool) -> hmac.HMAC:
+    """Return what becomes :func:`event_tag` as it is updated by the body, piece by piece."""
+    return _begun(key, _event_fields(run_id, codec, final))
+
+
+def _event_fields(run_id: str, codec: str, final: bool) -> tuple[str, ...]:
+    return ("wove/1 event", run_id, codec, "1" if final else "0")
 
 
 def reply_tag(key: bytes, request_tag: bytes, body: bytes) -> bytes:
@@ -150,6 +167,11 @@ def cancel_tag(key: bytes, run_id: str, execution: str, count: int) -> bytes:
 def fetch_tag(key: bytes, run_id: str) -> bytes:
     """Sign a worker's request for the message that was too large for the broker."""
     return mac(key, ("wove/1 fetch", run_id))
+
+
+def part_tag(key: bytes, run_id: str) -> bytes:
+    """Sign a worker's request for what the run shares with other runs."""
+    return mac(key, ("wove/1 part", run_id))
 
 
 def webhook_token(key: bytes, job_id: str) -> str:

@@ -30,6 +30,15 @@ class EnvironmentExecutor(ABC):
     #: Silence allowed once a run has started, in seconds, unless the user sets
     #: ``delivery_heartbeat_seconds``. None: this executor's workers send no heartbeats.
     default_heartbeat_seconds: float | None = None
+    #: Takes a ``run_task`` command as :meth:`send` does, at once, and calls ``done`` in the event loop, perhaps before
+    #: it returns, with what refused it, or None; a ``cancel_task`` command may follow before that. Returns False
+    #: when nothing was done, and the command is to go by :meth:`send`. None: all commands go by :meth:`send`.
+    post: Callable[[Frame, Callable[[BaseException | None], None]], bool | None] | None = None
+    #: Whether a ``run_task`` may be sent a second time, with ``delivery["repeated"]``, after it failed with a
+    #: :class:`SubmitError` that may have been accepted. Where not, it is sent as another attempt.
+    recognises_repeats: bool = False
+    #: Whether ``run_task`` frames may have ``shared``: the callable as all the runs of a ``map`` share it.
+    takes_shared: bool = False
 
     @abstractmethod
     async def start(
@@ -63,22 +72,13 @@ class EnvironmentExecutor(ABC):
     async def recv(self) -> Frame:
         """Return the next event, waiting for it. Cancel-safe: no event is lost."""
 
+    async def recv_many(self) -> list[Frame]:
+        """Return the events there are, waiting for the first. An executor that knows more than one does well to."""
+        return [await self.recv()]
+
     @abstractmethod
     async def stop(self) -> None:
         """Release everything. Idempotent; also called after a failed :meth:`start`."""
-
-    def post(self, frame: Frame, done: Callable[[Exception | None], None]) -> bool:
-        """Hand a ``run_task`` over without waiting, where that is possible: it spares a task per call.
-
-        Args:
-            frame: the command.
-            done: called once in the event loop, perhaps before this returns: with None when the command
-                is accepted, with what :meth:`send` would raise when it is not.
-
-        Returns:
-            False when nothing was done, and :meth:`send` is to be awaited.
-        """
-        return False
 
     def attach(self, take: Callable[[Frame], None]) -> bool:
         """Hand every event to ``take`` in the event loop from now on: it spares a turn of the loop.
@@ -179,6 +179,13 @@ class FrameChannel:
                 break
             await self._ready.wait()
         return self._frames.popleft()
+
+    async def get_many(self) -> list[Frame]:
+        """Return the frames there are, waiting for the first."""
+        found = [await self.get()]
+        while self._frames:
+            found.append(self._frames.popleft())
+        return found
 
     def close(self) -> None:
         """Take no more frames."""

@@ -69,7 +69,7 @@ class LocalEnvironmentExecutor(EnvironmentExecutor):
             if local is not None:
                 local.cancel()
 
-    def post(self, frame: Frame, done: Callable[[Exception | None], None]) -> bool:
+    def post(self, frame: Frame, done: Callable[[BaseException | None], None]) -> bool:
         """Take a call; see :meth:`EnvironmentExecutor.post`."""
         if self._channel is None or self._pool is None:
             return False

@@ -183,7 +183,7 @@ class NetworkExecutor(EnvironmentExecutor):
         elif frame["type"] == frames.CANCEL_TASK:
             await self._cancel(frame["run_id"])
 
-    def post(self, frame: Frame, done: Callable[[Exception | None], None]) -> bool:
+    def post(self, frame: Frame, done: Callable[[BaseException | None], None]) -> bool:
         """Take a command that is encoded at once; see :meth:`EnvironmentExecutor.post`."""
         if self._channel is None or self._encoder is None:
             return False

@@ -82,7 +82,7 @@ class StdioEnvironmentExecutor(EnvironmentExecutor):
         elif frame["type"] == frames.CANCEL_TASK:
             children.cancel(frame["run_id"])
 
-    def post(self, frame: Frame, done: Callable[[Exception | None], None]) -> bool:
+    def post(self, frame: Frame, done: Callable[[BaseException | None], None]) -> bool:
         """Take a command that is encoded at once; see :meth:`EnvironmentExecutor.post`."""
         children, encoder, decoder = self._children, self._encoder, self._decoder
         if children is None or encoder is None or decoder is None:

@@ -196,7 +196,7 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
                     return
                 self._write(encode_cancel(sent.run_id))
 
-    def post(self, frame: Frame, done: Callable[[Exception | None], None]) -> bool:
+    def post(self, frame: Frame, done: Callable[[BaseException | None], None]) -> bool:
         """Take a command that is encoded at once; see :meth:`EnvironmentExecutor.post`."""
         if self._keeper is None or self._encoder is None:
             return False
