@@ -90,8 +90,10 @@ class Child:
         self.unsent.extend(memoryview(part).cast("B") for part in framed(parts))
 
     def flush(self) -> None:
-        """Send what waits, as far as it fits."""
-        while self.unsent:
+        """Send what waits, as far as it fits, and others need not wait for their turn."""
+        for _ in range(_TURNS):
+            if not self.unsent:
+                return
             try:
                 sent = self.socket.sendmsg(_joined(self.unsent))
             except BlockingIOError:
