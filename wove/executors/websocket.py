@@ -126,6 +126,8 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
         self._heard = True
         #: The socket that stands, and what signs what goes up.
         self._open: tuple[ClientWebSocketResponse, Seal] | None = None
+        #: Whether something is under way there, of which not all was written yet.
+        self._in_between = False
 
     async def start(
         self,
@@ -263,7 +265,7 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
 
     def _send_now(self, sent: _Sent) -> bool:
         """Send the command of a run that is alone: others leave together, a turn of the loop later."""
-        if self._open is None or sent.size > SEND_NOW_BYTES:
+        if self._open is None or self._in_between or sent.size > SEND_NOW_BYTES:
             return False
         socket, seal = self._open
         chunk = b"".join(framed(sent.parts))
@@ -398,7 +400,7 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
         pinging = asyncio.ensure_future(self._ping())
         listening = asyncio.ensure_future(self._until_silent())
         tasks = (reading, writing, listening, pinging)
-        self._open = (socket, up)
+        self._open, self._in_between = (socket, up), False
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -443,8 +445,10 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
                 # From here on the service may have it: after a break it is asked.
                 if sent is not None:
                     sent.accept()
+            self._in_between = True
             for chunk in chunked(pieces, CHUNK):
                 await socket.send_bytes(b"".join([seal.tag([chunk]), chunk]))
+            self._in_between = False
 
     async def _read(self, socket: ClientWebSocketResponse, seal: Seal) -> None:
         reader = PacketReader(self._max_message)
