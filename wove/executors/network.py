@@ -47,6 +47,8 @@ MAX_BATCH_BYTES = 256 * 1024
 CANCEL_GRACE = 10.0
 #: Seconds that the connection for cancellations stays open without use, at least.
 WARM_SECONDS = 20.0
+#: Seconds that stopping waits for it to be opened.
+WARM_GRACE = 0.5
 #: From this size, in bytes, signatures are verified in a thread.
 IN_THREAD_FROM = 1024 * 1024
 
@@ -123,6 +125,7 @@ class NetworkExecutor(EnvironmentExecutor):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._flushing = False
         self._warm_until = 0.0
+        self._warming: asyncio.Task[None] | None = None
 
     # --- a transport implements -------------------------------------------------
 
@@ -208,7 +211,12 @@ class NetworkExecutor(EnvironmentExecutor):
         """Give the requests up; see :meth:`EnvironmentExecutor.stop`."""
         tasks = list(self._tasks)
         for task in tasks:
-            task.cancel()
+            if task is not self._warming:
+                task.cancel()
+        if self._warming is not None and not self._warming.done():
+            # asyncio forgets a socket whose TLS handshake is cancelled before it has begun.
+            await asyncio.wait((self._warming,), timeout=WARM_GRACE)
+            self._warming.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=1.0)
         await self.close()
@@ -269,7 +277,7 @@ class NetworkExecutor(EnvironmentExecutor):
         now = self._loop.time()
         if now >= self._warm_until:
             self._warm_until = now + WARM_SECONDS
-            self._spawn(self._warm(), "wove-warm")
+            self._warming = self._spawn(self._warm(), "wove-warm")
         outbox, self._outbox = self._outbox, []
         if not outbox:
             return  # taken back
