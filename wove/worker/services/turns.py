@@ -26,7 +26,7 @@ logger = logging.getLogger("wove.worker")
 
 #: Seconds that a short task takes at most; those of a function that takes longer belong in threads.
 SHORT_SECONDS = 0.0003
-#: Seconds between two looks whether the reading thread is held up, and after which it is relieved.
+#: Seconds between two looks at what the reading thread is in: whoever is in the same task at both is relieved.
 LOOK_SECONDS = 0.002
 #: Looks without a task until nobody looks any more.
 IDLE_LOOKS = 50
@@ -137,12 +137,15 @@ class Turns:
 
     def _look_on(self) -> None:
         seen, idle = 0, 0
+        before: Run | None = None
         while not self._ended.is_set():
             self._looking = True
             time.sleep(LOOK_SECONDS)
             run = self._inside
-            if run is not None and time.perf_counter() - self._since > LOOK_SECONDS:
+            # Seen twice: on a busy machine a short task takes long by the clock, and this thread as long to look.
+            if run is not None and run is before:
                 self._relieve(run)
+            before = run
             idle = idle + 1 if self._begun == seen and self._inside is None else 0
             seen = self._begun
             if idle > IDLE_LOOKS:
