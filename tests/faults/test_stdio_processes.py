@@ -170,22 +170,20 @@ class TestIndependence:
         assert await asyncio.gather(*calls) == ["released"] * 10
 
     async def test_the_callers_loop_stays_free_while_much_is_sent(self, handle: EnvironmentHandle) -> None:
-        stalls: list[float] = []
-        done = False
+        turns: list[float] = []
 
         async def watch() -> None:
-            while not done:
-                begun, worked = time.monotonic(), time.process_time()
+            while True:
+                # This thread's own time: whatever else the machine does, and however slow that makes it.
+                begun = time.thread_time()
                 await asyncio.sleep(0.005)
-                # What this process did not work it was kept waiting by others on the machine.
-                stalls.append(min(time.monotonic() - begun, time.process_time() - worked))
+                turns.append(time.thread_time() - begun)
 
         watching = asyncio.ensure_future(watch())
         assert await handle.run(len, bytes(64_000_000)) == 64_000_000
         assert len(await handle.run(tasks.large, 64_000_000)) == 64_000_000
-        done = True
-        await watching
-        assert sorted(stalls)[-2] < 0.25, max(stalls)
+        watching.cancel()
+        assert max(turns) < 0.25
 
 
 class TestSettings:
