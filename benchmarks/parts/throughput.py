@@ -155,7 +155,7 @@ def stall_rows(fleet: Fleet) -> list[Row]:
     def turn(lane: Lane) -> Iterator[tuple[Row, str, float]]:
         yield row, lane.name, lane.work("stall", count=scale.stalls)["stall"]
 
-    fleet.race(scale.light_rounds, turn)
+    fleet.race(scale.few_rounds + 1, turn)
     row.failures.update(fleet.failures())
     return [row]
 
@@ -163,7 +163,8 @@ def stall_rows(fleet: Fleet) -> list[Row]:
 def window_rows(fleet: Fleet) -> list[Row]:
     """What a call costs with few and with many in flight."""
     scale = fleet.bench.scale
-    few, many = min(100, scale.held // 10), scale.held
+    many = scale.held if scale.few_rounds > 1 else scale.held // 4
+    few = min(100, many // 5)
     calls = max(few, scale.celery * 2)
     title = f"a call with {many:,} in flight over one with {few:,}"
     wall = Row("flat", CELERY, f"{title}: time", "x", [Want(1.25)])
