@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 #: Items of the ``map`` by which is found out how many are worth a measurement.
 SOUNDING = 300
+MOST_SOUNDINGS = 6
 NAP_SECONDS = 0.1
 THREADS = 50
 #: Whose processor time is measured.
@@ -116,11 +117,13 @@ class _Rows:
         least = min(SOUNDING, scale.items, self._count)
         for lane in lanes:
             # More than once: batches grow with what was seen, and only where there is enough to batch.
-            count, self._items = 0, least
-            while self._items > 2 * count:
+            self._items = least
+            for number in range(MOST_SOUNDINGS):
                 count = self._items
                 rate = count / lane.work("map", count=count)["seconds"]
                 self._items = max(least, min(scale.items, int(rate * scale.map_seconds)))
+                if self._items <= 2 * count and number >= 2:
+                    break
         self.batched.title = f"`map` over {self._items:,} items, against calls at once"
 
     def turn(self, lane: Lane, column: str) -> Iterator[tuple[Row, str, float]]:
