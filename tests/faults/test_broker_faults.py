@@ -176,7 +176,7 @@ class TestRow08Submitting:
                 swallowed.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await swallowed
-                assert time.monotonic() - begun < 1.0
+                assert time.monotonic() - begun < HELD_UP
             assert lag.longest < HELD_UP
             proxy.up()
             assert await handle.options(delivery_retries=3).run(tasks.double, 21) == 42
