@@ -18,6 +18,7 @@ import random
 import socket
 import struct
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -103,6 +104,8 @@ class TcpProxy:
         self._random = random.Random(seed)
         self._weather = _Weather()
         self._links: set[_Link] = set()
+        #: What may not be closed yet, because the other end does not read.
+        self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._server: asyncio.Server | None = None
         #: Connections accepted so far.
         self.accepted = 0
@@ -200,12 +203,16 @@ class TcpProxy:
         finally:
             ready.set()
         await self._ended.wait()
+        self._weather = _Weather("down", listening=False)
         self._close_listener()
-        tasks = [link.task for link in self._links if link.task is not None]
-        for link in list(self._links):
-            link.cut()
-        if tasks:
-            await asyncio.wait(tasks)
+        # Also those that are being accepted this moment; a task that never began would leave its connection open.
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for link in list(self._links):
+                link.cut()
+            await asyncio.wait(others, timeout=0.05)
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await asyncio.sleep(0.01)  # transports say in a turn of their own that they are closed
 
     async def _listen(self) -> None:
         if self._server is not None:
@@ -226,10 +233,12 @@ class TcpProxy:
         self._links.add(link)
         pumps: list[asyncio.Task[None]] = []
         try:
-            if self._weather.resetting:
-                link.cut(reset=True)
+            self._writers.add(writer)
+            if self._weather.resetting or not self._weather.listening:
+                link.cut(reset=self._weather.resetting)
                 return
             answers, link.upstream = await asyncio.open_connection(*self._upstream)
+            self._writers.add(link.upstream)
             pumps += [
                 asyncio.ensure_future(self._pump(link, reader, link.upstream, "request")),
                 asyncio.ensure_future(self._pump(link, answers, writer, "response")),
