@@ -62,6 +62,8 @@ class BackendAdapter(ABC):
     config_keys: ClassVar[tuple[str, ...] | None] = None
     #: Whether :meth:`cancel` can end the process of a running task, where that is configured.
     stops_running: bool = False
+    #: Whether :meth:`submit_blocking` is to be called instead of :meth:`submit_many`.
+    submits_blocking: ClassVar[bool] = False
     #: Whether the backend can call a URL when a job fails: then frames carry ``failure_webhook``.
     takes_failure_webhook: ClassVar[bool] = False
 
@@ -120,6 +122,14 @@ class BackendAdapter(ABC):
             except Exception as exc:
                 results.append(exc)
         return results
+
+    def submit_blocking(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        """Do what :meth:`submit_many` does, in a thread that may block.
+
+        For adapters whose clients block anyway, and that set :attr:`submits_blocking`: it spares each
+        submission two changes of thread. May be called from several threads at a time.
+        """
+        raise NotImplementedError
 
     async def submit_alone(self, payload: bytes, frame: Frame) -> Any:
         """Submit one payload by :meth:`submit_many`, for adapters whose batches come first."""

@@ -52,6 +52,7 @@ class CeleryAdapter(BackendAdapter):
 
     required_modules = ("celery", "aiohttp", "cloudpickle", "msgpack")
     install_hint = 'pip install "wove[celery]"'
+    submits_blocking = True
     config_keys = (
         "app", "app_name", "broker_url", "queue", "result_backend", "send_task_options",
         "task_name", "terminate_on_cancel",
@@ -114,10 +115,11 @@ class CeleryAdapter(BackendAdapter):
 
     async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
         """Send tasks by one producer, held for the batch."""
-        results: list[Any] = await self.blocking(self._send_batch, batch)
+        results: list[Any] = await self.blocking(self.submit_blocking, batch)
         return results
 
-    def _send_batch(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+    def submit_blocking(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        """Send tasks by one producer, held for the batch."""
         results: list[Any] = []
         try:
             with self._app.producer_or_acquire() as producer:

@@ -49,6 +49,7 @@ class RqAdapter(BackendAdapter):
 
     required_modules = ("rq", "redis", "aiohttp", "cloudpickle", "msgpack")
     install_hint = 'pip install "wove[rq]"'
+    submits_blocking = True
     takes_failure_webhook = True
     config_keys = ("enqueue_options", "queue", "queue_name", "redis_url", "stop_on_cancel")
 
@@ -104,10 +105,11 @@ class RqAdapter(BackendAdapter):
 
     async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
         """Enqueue jobs in one pipeline, in one round trip."""
-        results: list[Any] = await self.blocking(self._enqueue, batch)
+        results: list[Any] = await self.blocking(self.submit_blocking, batch)
         return results
 
-    def _enqueue(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+    def submit_blocking(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        """Enqueue jobs in one pipeline, in one round trip."""
         ways = [self._way(frame) for _, frame in batch]
         together = iter(
             self._enqueue_many([item for item, way in zip(batch, ways, strict=True) if way is None])

@@ -16,6 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wove import frames
@@ -38,6 +39,9 @@ WHY_SILENT = (
     "no free worker on that queue, one with another WOVE_SECRET, or one that cannot reach the callback URL; "
     "`wove doctor` tells which"
 )
+
+
+_NOBODY: Mapping[str, Any] = MappingProxyType({})
 
 
 class RunState(StrEnum):
@@ -72,14 +76,14 @@ class Run:
     ever_started: bool = False
     last_seen: float | None = None
     cancel_by: float | None = None
-    worker: Mapping[str, Any] = field(default_factory=dict)
+    worker: Mapping[str, Any] = field(default_factory=lambda: _NOBODY)
     #: How earlier attempts ended: ``attempt``, ``reason``, ``host``, ``pid``, ``seconds``.
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] | tuple[()] = ()
     #: Per execution, the number of its last event.
-    seqs: dict[str, int] = field(default_factory=dict)
+    seqs: Mapping[str, int] = field(default_factory=lambda: _NOBODY)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """How a run ended: exactly one per run.
 
@@ -245,6 +249,12 @@ class RunTable:
             Malformed and unknown events, and those of closed runs and earlier attempts,
             are counted in :attr:`dropped` and change nothing.
         """
+        if frames.is_whole_result(frame):
+            # By far the most frequent: whatever else was known of the run does not matter any more.
+            run = self._open.get(frame["run_id"])
+            if run is not None:
+                run.attempt = max(run.attempt, frame["attempt"])
+                return Applied(True, self._close(run.run_id, "result", value=frame["result"]))
         try:
             known = frames.check_event(frame)
         except ProtocolError:
@@ -278,7 +288,7 @@ class RunTable:
             self.dropped["duplicate"] += 1
             return True
         if execution in run.seqs or len(run.seqs) < MAX_EXECUTIONS:
-            run.seqs[execution] = frame["seq"]
+            run.seqs = {**run.seqs, execution: frame["seq"]}
         return False
 
     def _taken(self, run: Run, frame: Mapping[str, Any]) -> Applied:
@@ -365,9 +375,10 @@ class RunTable:
             "seconds": round(max(0.0, self._clock() - since), 3),
         }
         entry.update({key: run.worker[key] for key in ("host", "pid") if key in run.worker})
-        if len(run.history) >= MAX_HISTORY:
-            del run.history[1]
-        run.history.append(entry)
+        history = [*run.history, entry]
+        if len(history) > MAX_HISTORY:
+            del history[1]
+        run.history = history
 
     def _lost_error(self, run: Run, word: str, error: Mapping[str, Any] | None = None) -> Exception:
         return lost_error(self._environment, run, word, self._clock(), error)

@@ -109,6 +109,8 @@ class TcpProxy:
         self._server: asyncio.Server | None = None
         #: Connections accepted so far.
         self.accepted = 0
+        #: Bytes that have passed, or been swallowed, by the way they went.
+        self.passed: dict[Direction, int] = {"request": 0, "response": 0}
         # Bound, never listening: the port stays ours, and refuses connections, while the proxy is down.
         self._holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -263,6 +265,7 @@ class TcpProxy:
     ) -> None:
         while True:
             data = await reader.read(_CHUNK)
+            self.passed[way] += len(data)
             passage: _Passage = getattr(self._weather, way)
             if passage.swallow:
                 link.spoiled = True
