@@ -22,7 +22,7 @@ def keep_default_timeout() -> None:
     """Have the last thread that drops a connection set back what the first one has found. Idempotent."""
     from kombu.connection import Connection
 
-    collect = Connection.collect
+    collect: Any = Connection.collect
     if getattr(collect, _MARK, False):
         return
 
