@@ -58,14 +58,21 @@ async def started(crew: Crew, proxy: TcpProxy) -> AsyncIterator[Callable[..., An
     """Starts an environment whose workers report by way of the proxy."""
     runtime = ExecutorRuntime({})
     await runtime.start()
+    used: list[str] = []
 
     async def start(name: str, **changes: Any) -> EnvironmentHandle:
+        used.append(name)
         config = through(proxy, **changes.pop("executor_config", {}))
         await runtime.ensure_environment(name, crew.definition(name, executor_config=config, **changes))
         return runtime[name]
 
     yield start
     proxy.up()
+    # A worker that is not told that its outcome has arrived offers it for minutes, and the next test finds it busy.
+    await until(lambda: not proxy.busy, "nothing is on its way")
+    for name in used:
+        if name.startswith("rq"):
+            await until(lambda name=name: crew.idle(name), "nothing is under way", 40.0)
     await runtime.stop()
 
 

@@ -107,6 +107,8 @@ class TcpProxy:
         #: What may not be closed yet, because the other end does not read.
         self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._server: asyncio.Server | None = None
+        #: How many pieces of data are on their way.
+        self._passing = 0
         #: Connections accepted so far.
         self.accepted = 0
         #: Bytes that have passed, or been swallowed, by the way they went.
@@ -174,6 +176,11 @@ class TcpProxy:
     def cut(self) -> None:
         """Cut the connections that exist now, whatever the weather."""
         self._switch(self._weather, _Link.cut)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is on its way."""
+        return bool(self._passing)
 
     @property
     def connections(self) -> int:
@@ -279,7 +286,11 @@ class TcpProxy:
             if way == "request":
                 link.answered = 0
                 link.asked_at = self._loop.time()
-            await self._pass_on(link, data, writer, passage)
+            self._passing += 1
+            try:
+                await self._pass_on(link, data, writer, passage)
+            finally:
+                self._passing -= 1
 
     async def _pass_on(
         self, link: _Link, data: bytes, writer: asyncio.StreamWriter, passage: _Passage
