@@ -570,8 +570,8 @@ class Dispatcher:
         waiter = self._waiters.get(run.run_id)
         if outcome.cancel_work:
             self._stop_work(run, waiter)
-        elif run.attempt > 1 and waiter is not None and waiter.sending is not None:
-            waiter.sending.cancel()  # an earlier attempt has done the work
+        elif run.repeats and waiter is not None and waiter.sending is not None:
+            waiter.sending.cancel()  # an earlier attempt, or submission, has done the work
         if outcome.kind == "timeout" and outcome.exception is None:
             text = (
                 f"run {run.run_id} of {run.task_id} in environment {self.name!r} was cancelled, and its worker did not "

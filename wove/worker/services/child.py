@@ -73,6 +73,8 @@ def _take_socket() -> socket.socket:
             '{"executor": "stdio"} into an environment definition'
         )
     connection = socket.socket(fileno=int(text))
+    # The other side's process may have a default timeout for its sockets, which comes along.
+    connection.setblocking(True)
     # What tasks start must not hold the line open when this process has died.
     connection.set_inheritable(False)
     return connection
