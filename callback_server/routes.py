@@ -26,7 +26,7 @@ from wove import frames
 from wove.callback_server.beats import Beats
 from wove.callback_server.decoding import decode_batch, open_parked
 from wove.callback_server.guard import write_part
-from wove.callback_server.replies import ENDED, gone, reply, unauthorized
+from wove.callback_server.replies import ENDED, clock, gone, reply, unauthorized
 from wove.errors import ProtocolError, cut, lost, normalize_exception
 from wove.security import (
     event_tag,
@@ -74,8 +74,8 @@ class Routes:
         ]
 
     async def health(self, request: web.Request) -> web.Response:
-        """Answer that the listener is alive."""
-        return web.json_response({"status": "ok"})
+        """Answer that the listener is alive; workers learn our clock from it."""
+        return web.json_response({"status": "ok"}, headers=clock())
 
     # --- events ---------------------------------------------------------------
 

@@ -38,8 +38,11 @@ class Reply(NamedTuple):
     body: bytes | bytearray
 
 
-#: Per callback origin: its wall clock minus ours, in seconds, as its last reply told.
-clock_offsets: dict[str, float] = {}
+#: Per callback origin: its wall clock minus ours, in seconds, as its last reply told; and ours minus the
+#: monotonic one at that time.
+clock_offsets: dict[str, tuple[float, float]] = {}
+#: Seconds by which that difference may change before our own clock counts as set anew.
+CLOCK_JUMP = 1.0
 
 _NOT_IN_HOST = frozenset(" @?#\\")
 #: Since when, on the monotonic clock, a callback origin has not answered.
@@ -112,6 +115,17 @@ def request(
     raise ConnectionError("unreachable")  # the second round either returns or raises
 
 
+def clock_offset(origin: str) -> float | None:
+    """Return a callback server's wall clock minus ours, in seconds; None when it is not known, or no longer."""
+    known = clock_offsets.get(origin)
+    if known is None:
+        return None
+    offset, ours = known
+    if abs(time.time() - time.monotonic() - ours) > CLOCK_JUMP:
+        return None  # our clock was set, or this machine slept
+    return offset
+
+
 def _bad_status() -> type[Exception]:
     import http.client
 
@@ -168,7 +182,8 @@ def read_reply(origin: str, response: HTTPResponse, max_reply: int = MAX_REPLY) 
         try:
             if len(clock_offsets) > 1_000:
                 clock_offsets.clear()
-            clock_offsets[origin] = float(sent_at) - time.time()
+            now = time.time()
+            clock_offsets[origin] = float(sent_at) - now, now - time.monotonic()
         except ValueError:
             pass
     length = response.length

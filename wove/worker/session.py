@@ -14,7 +14,7 @@ from wove.errors import EncodeError, lost, normalize_exception
 from wove.remote_errors import encode_exception
 from wove.security import event_tag, reply_tag, same
 from wove.wire import encode_value, pack_message, park
-from wove.worker.connection import Reply, clock_offsets, request
+from wove.worker.connection import Reply, clock_offset, request
 from wove.worker.context import RunContext
 from wove.worker.offering import offer, patience, retry_after
 
@@ -109,23 +109,23 @@ class Session:
             return True
         # How often the backend itself has run the payload before, where it counts that.
         self._retry = redelivered if type(redelivered) is int else 0
-        offset = clock_offsets.get(self.assignment.origin)
+        offset = clock_offset(self.assignment.origin)
         if not redelivered and offset is not None:
             age = time.time() + offset - self.assignment.sent_at
             if abs(age) < FRESH:
                 return True
-        if offset is not None and self.assignment.overdue(offset, OVERDUE_KNOWN):
-            return False
+        # Also what seems to be long over: by clocks alone nothing is skipped, for they may have been set meanwhile.
         return self._ask(offset)
 
     def _ask(self, offset: float | None) -> bool:
+        tolerance = OVERDUE_UNKNOWN if offset is None else OVERDUE_KNOWN
         give_up = time.monotonic() + ASK_PATIENCE
         while True:
             frame = self._frame(frames.TASK_STARTED, fence=True, retry=self._retry)
             try:
                 reply = self._post([frame], [], final=False, timeout=ASK_TIMEOUT)
             except Exception as exc:
-                if self.assignment.overdue(offset or 0.0, OVERDUE_UNKNOWN):
+                if self.assignment.overdue(offset or 0.0, tolerance):
                     logger.info(
                         "run %s is not started: its deadline is over, its caller gone", self.assignment.run_id
                     )
