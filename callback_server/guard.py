@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+from wove.refusals import count_refusal
 
-    from typing_extensions import Buffer
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -52,15 +52,18 @@ class Guard:
     Args:
         on_lost: called with each connection that has ended, soon after it did.
         on_pause: called when the server could not serve for some seconds.
+        counted_as: under what name errors that are answered count as refusals; "" for not at all.
     """
 
     def __init__(
         self,
         on_lost: Callable[[Any], None] | None = None,
         on_pause: Callable[[], None] | None = None,
+        counted_as: str = "",
     ) -> None:
         self._on_lost = on_lost
         self._on_pause = on_pause
+        self._counted_as = counted_as
         #: All that the last look saw, and those that it may close: since when, the longest first.
         self._known: set[Any] = set()
         self._silent: dict[Any, float] = {}  # they never asked for anything
@@ -120,8 +123,7 @@ class Guard:
             (self._reading, math.inf),  # it has a limit of its own
             (self._idle, KEEP_ALIVE_SECONDS),
         ):
-            overdue = itertools.takewhile(lambda item, limit=limit: now - item[1] > limit, waiting.items())
-            count = max(sum(1 for _ in overdue), min(excess, len(waiting)))
+            count = max(_overdue(waiting, now - limit), min(excess, len(waiting)))
             doomed.extend(itertools.islice(waiting, count))
             excess -= count
         return doomed
@@ -135,6 +137,10 @@ class Guard:
         self._active.add(protocol)
         try:
             return await handler(request)
+        except web.HTTPException as exc:
+            if exc.status >= 400 and self._counted_as:
+                count_refusal(f"{self._counted_as}:{exc.status}")
+            raise
         finally:
             self._active.discard(protocol)
             self._idle[protocol] = time.monotonic()
@@ -177,7 +183,7 @@ class Guard:
             self._active.add(request.protocol)
 
 
-async def write_part(request: web.Request, response: web.StreamResponse, part: Buffer) -> bool:
+async def write_part(request: web.Request, response: web.StreamResponse, part: memoryview) -> bool:
     """Write a part of a body, as long as the peer takes it.
 
     Returns:
@@ -211,6 +217,11 @@ def refusal(response: web.HTTPException) -> web.HTTPException:
     """Return ``response`` made to close its connection: its body may still be on the way."""
     response.force_close()
     return response
+
+
+def _overdue(waiting: Mapping[Any, float], before: float) -> int:
+    """Return how many of these, the longest waiting first, have waited since before that time."""
+    return next((number for number, since in enumerate(waiting.values()) if since >= before), len(waiting))
 
 
 def _abort(protocol: Any) -> None:

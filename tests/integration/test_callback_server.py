@@ -55,6 +55,7 @@ from wove.security import (
     cancel_tag,
     event_tag,
     fetch_tag,
+    refusals,
     reply_tag,
     webhook_token,
 )
@@ -377,6 +378,23 @@ class TestSignatures:
         assert ask(lease, "POST", events_path(run), body, headers).status == 401
         assert decoded == []
         assert_open(lease, sink, run)
+
+
+class TestCounts:
+    """What was not taken can be read as numbers."""
+
+    def test_by_status(self, lease: Lease, run: OpenRun) -> None:
+        before = refusals()
+        assert ask(lease, "POST", events_path(run), b"x", {"Wove-Key": kid()}).status == 401
+        assert ask(lease, "POST", f"/wove/v1/events/{'0' * 32}", b"x").status == 410
+        assert ask(lease, "GET", "/nowhere").status == 404
+        assert ask(lease, "GET", "/healthz").status == 200
+        news = {key: count - before.get(key, 0) for key, count in refusals().items()}
+        assert {key: count for key, count in news.items() if count} == {
+            "callback:401": 1,
+            "callback:404": 1,
+            "callback:410": 1,
+        }
 
 
 class TestRefusals:

@@ -83,7 +83,7 @@ class Assignment:
         try:
             self._admission.check_origin(self.origin)
         except PayloadRejectedError as exc:
-            raise PayloadRejectedError(f"run {self.run_id}: {exc}") from None
+            raise PayloadRejectedError(f"run {self.run_id}: {exc}", reason=exc.reason) from None
         self.kid = secret.kid
         self.key = run_key(secret, self.environment, self.run_id, nonce)
         self._envelope = envelope
@@ -109,7 +109,8 @@ class Assignment:
         if age > self._expires + (EXPIRED_UNKNOWN if offset is None else EXPIRED_KNOWN):
             raise PayloadRejectedError(
                 f"it has expired: it was signed {age:.0f} s ago and is good for {self._expires:g} s "
-                '(executor_config["payload_expires"])'
+                '(executor_config["payload_expires"])',
+                reason="expired",
             )
 
     def _ask_for_the_time(self) -> float | None:
@@ -136,7 +137,8 @@ class Assignment:
         if envelope.get("v") != VERSION:
             raise PayloadRejectedError(
                 f"the payload is of version {envelope.get('v')!r} and this worker reads version {VERSION}: "
-                "install the same release of Wove on the submitter and its workers"
+                "install the same release of Wove on the submitter and its workers",
+                reason="version",
             )
         if "fetch" in envelope:
             envelope, attachments = unpack_message(self._fetch(envelope["fetch"]))
