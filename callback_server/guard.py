@@ -12,16 +12,23 @@ import itertools
 import math
 import resource
 import time
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiohttp import web
 
+from wove.buffers import room
+from wove.callback_server.large import send_body, take_body
 from wove.refusals import count_refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from typing_extensions import Buffer
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+Body = TypeVar("Body", bytearray, memoryview)
 
 #: Seconds for a connection's first head, and between requests.
 HEAD_SECONDS = 10.0
@@ -33,6 +40,8 @@ SLOWEST_BODY = 64 * 1024
 #: the longest idle one is closed.
 MAX_CONNECTIONS = 1024
 DESCRIPTOR_SHARE = 4
+#: Bodies from this size, in bytes, go past aiohttp, and are hashed while they come in.
+LARGE_FROM = 1024 * 1024
 #: Bytes of bodies that may be under way at once; beyond it peers are asked to come back.
 MAX_BYTES_IN_FLIGHT = 512 * 1024 * 1024
 #: Bodies up to this size, in bytes, are no part of that: they are as many as there are connections, and who claims
@@ -70,6 +79,8 @@ class Guard:
         self._reading: dict[Any, float] = {}  # their request's body is on its way
         self._idle: dict[Any, float] = {}  # their last request was answered
         self._active: set[Any] = set()
+        #: Connections that are good for one more reply only.
+        self._spent: set[Any] = set()
         self._bytes = 0
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         #: Connections at once.
@@ -123,7 +134,8 @@ class Guard:
             (self._reading, math.inf),  # it has a limit of its own
             (self._idle, KEEP_ALIVE_SECONDS),
         ):
-            count = max(_overdue(waiting, now - limit), min(excess, len(waiting)))
+            overdue = itertools.takewhile(partial(_older, now - limit), waiting.values())
+            count = max(sum(1 for _ in overdue), min(excess, len(waiting)))
             doomed.extend(itertools.islice(waiting, count))
             excess -= count
         return doomed
@@ -136,15 +148,27 @@ class Guard:
         self._idle.pop(protocol, None)
         self._active.add(protocol)
         try:
-            return await handler(request)
+            response = await handler(request)
+            if protocol in self._spent:
+                response.force_close()
+            return response
         except web.HTTPException as exc:
             if exc.status >= 400 and self._counted_as:
                 count_refusal(f"{self._counted_as}:{exc.status}")
+            if protocol in self._spent:
+                exc.force_close()
             raise
         finally:
+            self._spent.discard(protocol)
             self._active.discard(protocol)
-            self._idle[protocol] = time.monotonic()
-            self._known.add(protocol)  # it may have ended before a look saw it
+            self.seen(protocol)
+
+    def seen(self, protocol: Any) -> None:
+        """Note that a connection was used this moment."""
+        self._silent.pop(protocol, None)
+        self._idle.pop(protocol, None)  # the longest idle one stands first
+        self._idle[protocol] = time.monotonic()
+        self._known.add(protocol)  # it may have ended before a look saw it
 
     async def read_body(self, request: web.Request, limit: int) -> bytearray:
         """Read the request's body. Meanwhile its connection may have to make room, as an idle one has.
@@ -157,6 +181,36 @@ class Guard:
             HTTPException: 411 without a length, 413 over the limit, 415 for an encoded
                 body, 408 for one that comes too slowly, 503 when too much is under way.
         """
+        return await self._read(request, limit, _read_exactly)
+
+    async def read_large(self, request: web.Request, limit: int, hasher: Any) -> memoryview:
+        """Read a large body, and hash it meanwhile in a thread; the reply ends its connection.
+
+        Args:
+            request: its head was read.
+            limit: bytes allowed.
+            hasher: is updated by the body.
+
+        Raises:
+            HTTPException: as :meth:`read_body`.
+        """
+        return await self._read(request, limit, partial(self._take, hasher))
+
+    async def _take(
+        self, hasher: Any, request: web.Request, size: int, deadline: asyncio.Timeout
+    ) -> memoryview:
+        self._spent.add(request.protocol)
+        begun = asyncio.get_running_loop().time()
+        body = room(size)
+        await take_body(request, body, hasher, lambda at: _earn(deadline, begun, at))
+        return body
+
+    async def _read(
+        self,
+        request: web.Request,
+        limit: int,
+        read: Callable[[web.Request, int, asyncio.Timeout], Awaitable[Body]],
+    ) -> Body:
         if request.headers.get("Content-Encoding"):
             raise refusal(web.HTTPUnsupportedMediaType())
         size = request.content_length
@@ -172,7 +226,7 @@ class Guard:
         self._reading[request.protocol] = time.monotonic()
         try:
             async with asyncio.timeout(BODY_SECONDS) as deadline:
-                return await _read_exactly(request, size, deadline)
+                return await read(request, size, deadline)
         except TimeoutError:
             raise refusal(web.HTTPRequestTimeout()) from None
         except asyncio.IncompleteReadError:
@@ -183,15 +237,16 @@ class Guard:
             self._active.add(request.protocol)
 
 
-async def write_part(request: web.Request, response: web.StreamResponse, part: memoryview) -> bool:
-    """Write a part of a body, as long as the peer takes it.
+async def send_guarded(request: web.Request, response: web.StreamResponse, message: Sequence[Buffer]) -> bool:
+    """Send a message as the body of a prepared response, as long as the peer takes it.
 
     Returns:
-        False when it did not within BODY_SECONDS: the connection is closed.
+        False when it took nothing for BODY_SECONDS: the connection is closed.
     """
+    now = asyncio.get_running_loop().time
     try:
-        async with asyncio.timeout(BODY_SECONDS):
-            await response.write(part)
+        async with asyncio.timeout(BODY_SECONDS) as deadline:
+            await send_body(request, response, message, lambda: deadline.reschedule(now() + BODY_SECONDS))
     except TimeoutError:
         _abort(request.protocol)
         return False
@@ -208,20 +263,23 @@ async def _read_exactly(request: web.Request, size: int, deadline: asyncio.Timeo
         if not chunk:
             raise asyncio.IncompleteReadError(b"", size)
         body += chunk
-        # Bytes that have come earn time for the rest; claimed ones do not.
-        deadline.reschedule(begun + BODY_SECONDS + len(body) / SLOWEST_BODY)
+        _earn(deadline, begun, len(body))
     return body
+
+
+def _older(than: float, since: float) -> bool:
+    return since < than
+
+
+def _earn(deadline: asyncio.Timeout, begun: float, at: int) -> None:
+    # Bytes that have come earn time for the rest; claimed ones do not.
+    deadline.reschedule(begun + BODY_SECONDS + at / SLOWEST_BODY)
 
 
 def refusal(response: web.HTTPException) -> web.HTTPException:
     """Return ``response`` made to close its connection: its body may still be on the way."""
     response.force_close()
     return response
-
-
-def _overdue(waiting: Mapping[Any, float], before: float) -> int:
-    """Return how many of these, the longest waiting first, have waited since before that time."""
-    return next((number for number, since in enumerate(waiting.values()) if since >= before), len(waiting))
 
 
 def _abort(protocol: Any) -> None:

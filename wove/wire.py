@@ -27,6 +27,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from wove.buffers import copied
 from wove.decode_limits import Bounds
 from wove.errors import EncodeError, MissingDispatchFeatureError, ProtocolError, safe_text
 from wove.plain_data import (
@@ -57,6 +58,8 @@ MAX_ENTRIES = 64
 MAX_JSON = 16 * 1024 * 1024
 #: Buffers from this size, in bytes, travel out of band: below it a copy is cheaper.
 OUT_OF_BAND_FROM = 64 * 1024
+#: Where the largest of them begins is a multiple of this.
+ALIGNMENT = 64
 
 _HEAD = struct.Struct(">I")
 Descriptor = list[Any]
@@ -110,7 +113,7 @@ def decode_value(descriptor: Any, attachments: Sequence[memoryview]) -> Any:
     """
     codec, parts = _attached(descriptor, attachments)
     if codec == "pickle":
-        buffers = [part if not part.readonly else memoryview(bytearray(part)) for part in parts[1:]]
+        buffers = [part if not part.readonly else copied(part) for part in parts[1:]]
         return pickle.loads(parts[0], buffers=buffers)
     if codec not in ("data", "tagged") or len(parts) != 1:
         raise ProtocolError(f"unknown value codec {safe_text(codec, 40)!r}")
@@ -271,10 +274,20 @@ def decode_callable(described: Any, attachments: Sequence[memoryview]) -> Any:
 
 
 def pack_message(envelope: Mapping[str, Any], attachments: Sequence[Buffer]) -> list[Buffer]:
-    """Return the message as a list of buffers, to be sent (and signed) one after another."""
+    """Return the message as a list of buffers, to be sent (and signed) one after another.
+
+    The largest attachment, where it may be an array's memory, begins at a multiple of ALIGNMENT: the array is
+    made from it as it lies there, and computing with one that begins anywhere is slow, or refused.
+    """
     require_msgpack()
     sizes = [memoryview(part).nbytes for part in attachments]
-    head = msgpack.packb({**envelope, "sizes": sizes}, use_bin_type=True)
+    fields = {**envelope, "sizes": sizes}
+    head = msgpack.packb(fields, use_bin_type=True)
+    if sizes and max(sizes) >= OUT_OF_BAND_FROM:
+        largest = sizes.index(max(sizes))
+        # As short as it is, this is as long with any content: two bytes and those in it.
+        at = _HEAD.size + len(msgpack.packb({**fields, "pad": b""})) + sum(sizes[:largest])
+        head = msgpack.packb({**fields, "pad": bytes(-at % ALIGNMENT)}, use_bin_type=True)
     return [_HEAD.pack(len(head)) + head, *attachments]
 
 
@@ -321,6 +334,7 @@ def unpack_message(body: Buffer) -> tuple[dict[str, Any], list[memoryview]]:
         raise ProtocolError("a message's envelope is longer than the message, or than allowed")
     envelope = _unpack_envelope(view[_HEAD.size : at])
     sizes = envelope.pop("sizes", None)
+    envelope.pop("pad", None)
     if type(sizes) is not list or any(type(size) is not int or size < 0 for size in sizes):
         raise ProtocolError("a message's sizes are not whole numbers")
     if at + sum(sizes) != view.nbytes:

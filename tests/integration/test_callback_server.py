@@ -252,7 +252,7 @@ class TestEvents:
         assert post(lease, run, result_body(run, 1)).status == 204
 
     def test_a_large_result(self, lease: Lease, sink: Sink, run: OpenRun) -> None:
-        value = secrets.token_bytes(routes.THREAD_FROM + 1)
+        value = secrets.token_bytes(guard.LARGE_FROM + 1)
         assert post(lease, run, result_body(run, value)).status == 204
         assert sink.outcome(run.run_id)["result"] == value
 
@@ -366,7 +366,7 @@ class TestSignatures:
 
     def test_a_large_forgery(self, lease: Lease, sink: Sink, run: OpenRun, decoded: list[str]) -> None:
         # It is verified in another thread, by the same rules.
-        body = result_body(run, secrets.token_bytes(routes.THREAD_FROM))
+        body = result_body(run, secrets.token_bytes(guard.LARGE_FROM))
         headers = {**signed(run, body), "Wove-Signature": "0" * 64}
         assert ask(lease, "POST", events_path(run), body, headers).status == 401
         assert decoded == []

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: From the bottom up. A module may import what stands below it and what stands beside it.
 LAYERS = (
-    {"errors", "frames", "nonces", "plain_data", "refusals", "threads"},
+    {"buffers", "errors", "frames", "nonces", "plain_data", "refusals", "threads"},
     {
         "decode_limits",
         "delivery",
@@ -29,9 +29,10 @@ LAYERS = (
         "remote_errors",
         "run_errors",
         "security",
+        "tables",
         "wire",
     },
-    {"backend", "exchange"},
+    {"backend", "exchange", "shared_parts"},
     # These four are siblings, which know nothing of each other.
     {"adapters", "callback_server", "executors", "worker"},
     {
@@ -44,6 +45,7 @@ LAYERS = (
         "doctor",
         "environment",
         "handle",
+        "run_ids",
         "runtime",
         "sharing",
         "testing",
@@ -69,7 +71,7 @@ THIRD_PARTIES = {
     "billiard": ("wove.worker.celery",),
     "celery": ("wove.worker.celery", "wove.demo.celery_app"),
     "grpc": ("wove.worker.services.grpc",),
-    "msgpack": ("wove.wire",),
+    "msgpack": ("wove.tables", "wove.wire"),
     "rich": ("wove.demo",),
 }
 

@@ -1,7 +1,8 @@
 """The worker's HTTP client: keep-alive connections to callback servers.
 
-``http.client`` from the standard library, because its import is nearly free where Celery
-or RQ is loaded, and because a connection must never cross a fork: each thread of each
+``http.client`` from the standard library opens them, because its import is nearly free where
+Celery or RQ is loaded; requests and replies of the usual form are written and read by
+:mod:`wove.worker.plain_http`. A connection must never cross a fork: each thread of each
 process has its own.
 """
 
@@ -10,20 +11,23 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wove.worker.transport import TIMEOUT, connect
+from wove.buffers import room
+from wove.worker import plain_http
+from wove.worker.plain_http import SMALL
+from wove.worker.transport import TIMEOUT, connect, leads_straight, open_connection
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from http.client import HTTPConnection, HTTPResponse
 
     from typing_extensions import Buffer
 
 #: Bytes a second that a large body is granted on top.
 SLOWEST = 256 * 1024
-#: Bodies up to this size, in bytes, are sent in one piece.
-SMALL = 64 * 1024
+#: Bytes of a large body that are read, and hashed, at a time.
+PIECE = 1024 * 1024
 #: Origins that a thread keeps a connection to: submitters come and go, workers stay.
 MAX_ORIGINS = 8
 #: Largest reply body that is read, in bytes; fetched payloads say their size beforehand.
@@ -35,7 +39,9 @@ class Reply(NamedTuple):
 
     status: int
     headers: Mapping[str, str]
-    body: bytes | bytearray
+    body: bytes | memoryview
+    #: Of a large body, where it was asked for.
+    digest: bytes | None = None
 
 
 #: Per callback origin: its wall clock minus ours, in seconds, as its last reply told; and ours minus the
@@ -43,6 +49,10 @@ class Reply(NamedTuple):
 clock_offsets: dict[str, tuple[float, float]] = {}
 #: Seconds by which that difference may change before our own clock counts as set anew.
 CLOCK_JUMP = 1.0
+
+#: Per callback origin: when a request was made that told its count of withdrawals, on the monotonic clock,
+#: and that count, as text.
+withdrawals: dict[str, tuple[float, str]] = {}
 
 _NOT_IN_HOST = frozenset(" @?#\\")
 #: Since when, on the monotonic clock, a callback origin has not answered.
@@ -83,6 +93,7 @@ def request(
     *,
     timeout: float = TIMEOUT,
     max_reply: int = MAX_REPLY,
+    hasher: Callable[[], Any] | None = None,
 ) -> Reply:
     """Send a request on this thread's connection and read the reply.
 
@@ -92,18 +103,22 @@ def request(
     Raises:
         OSError, http.client.HTTPException: no reply was had.
     """
-    size = sum(memoryview(part).nbytes for part in parts)
-    allowed = timeout + size / SLOWEST + max_reply / SLOWEST
+    size = sum([memoryview(part).nbytes for part in parts])
+    allowed = timeout + (size + max_reply) / SLOWEST
     for fresh in (False, True):
         connection, reused = _connection(origin, fresh=fresh)
         try:
+            head = plain_http.head_of(method, path, origin.partition("://")[2], headers, size)
+            # What may be large is read by pieces, and hashed meanwhile.
+            if head is not None and max_reply <= MAX_REPLY and leads_straight(connection):
+                return _exchange(connection, origin, method, head, parts, size, allowed, max_reply)
             try:
                 send(connection, method, path, headers, parts, size, allowed)
             except ConnectionError:
                 if reused or size <= SMALL:
                     raise
                 # A server that refuses a large body answers before it has all of it.
-            return read_reply(origin, connection.getresponse(), max_reply)
+            return read_reply(origin, connection.getresponse(), max_reply, hasher)
         except (ConnectionError, _bad_status()) as exc:
             connection.close()
             if not reused or isinstance(exc, ConnectionRefusedError):
@@ -124,6 +139,49 @@ def clock_offset(origin: str) -> float | None:
     if abs(time.time() - time.monotonic() - ours) > CLOCK_JUMP:
         return None  # our clock was set, or this machine slept
     return offset
+
+
+def _exchange(
+    connection: HTTPConnection,
+    origin: str,
+    method: str,
+    head: bytes,
+    parts: Sequence[Buffer],
+    size: int,
+    timeout: float,
+    max_reply: int,
+) -> Reply:
+    """Make a request by hand, on a connection that leads straight to the callback server."""
+    reused = connection.sock is not None
+    if not reused:
+        open_connection(connection, timeout)
+    sock = connection.sock
+    begun = time.monotonic()
+    if sock.gettimeout() != timeout:
+        sock.settimeout(timeout)
+    try:
+        plain_http.send(sock, head, parts, size)
+    except ConnectionError:
+        if reused or size <= SMALL:
+            raise
+        # A server that refuses a large body answers before it has all of it.
+    answer = plain_http.read_head(sock)
+    if isinstance(answer, bytes):
+        from wove.worker.early import reply_from
+
+        response = reply_from(answer, sock, method)
+        reply = read_reply(origin, response, max_reply)
+        if response.will_close:
+            connection.close()
+        return reply
+    if answer.length > max_reply:
+        raise ConnectionError(f"the callback server's reply is too long ({answer.length} bytes)")
+    _note(origin, answer.headers)
+    _note_withdrawals(origin, answer.headers, begun)
+    reply = Reply(answer.status, answer.headers, bytes(plain_http.read_body(sock, answer)))
+    if not plain_http.stays_open(answer):
+        connection.close()
+    return reply
 
 
 def _bad_status() -> type[Exception]:
@@ -172,11 +230,51 @@ def send(
         connection.send(part)
 
 
-def read_reply(origin: str, response: HTTPResponse, max_reply: int = MAX_REPLY) -> Reply:
-    """Read a reply of at most ``max_reply`` bytes."""
-    down_since.pop(origin, None)
+def read_reply(
+    origin: str,
+    response: HTTPResponse,
+    max_reply: int = MAX_REPLY,
+    hasher: Callable[[], Any] | None = None,
+) -> Reply:
+    """Read a reply of at most ``max_reply`` bytes; a large one is hashed while it comes in."""
     # Proxies may change the case of names.
     headers = {name.lower(): value for name, value in response.headers.items()}
+    _note(origin, headers)
+    length = response.length
+    if length is not None and length > max_reply:
+        raise ConnectionError(f"the callback server's reply is too long ({length} bytes)")
+    if max_reply > MAX_REPLY and length is not None:
+        body = _read_large(response, length, digest := hasher() if hasher is not None else None)
+        return Reply(response.status, headers, body, digest.digest() if digest is not None else None)
+    return Reply(response.status, headers, response.read(max_reply))
+
+
+def _read_large(response: HTTPResponse, length: int, digest: Any) -> memoryview:
+    body, at = room(length), 0
+    while at < length:
+        # What is hashed meanwhile, the peer can send the next of.
+        count = response.readinto(body[at : at + PIECE])
+        if not count:
+            raise ConnectionError("the callback server's reply was cut short")
+        if digest is not None:
+            digest.update(body[at : at + count])
+        at += count
+    response.close()
+    return body
+
+
+def _note_withdrawals(origin: str, headers: Mapping[str, str], asked_at: float) -> None:
+    withdrawn = headers.get("wove-withdrawn")
+    if withdrawn is not None:
+        if len(withdrawals) > 1_000:
+            withdrawals.clear()
+        withdrawals[origin] = (asked_at, withdrawn)
+
+
+def _note(origin: str, headers: Mapping[str, str]) -> None:
+    """Remember what a reply says of its server."""
+    if down_since:
+        down_since.pop(origin, None)
     sent_at = headers.get("wove-time")
     if sent_at is not None:
         try:
@@ -186,17 +284,3 @@ def read_reply(origin: str, response: HTTPResponse, max_reply: int = MAX_REPLY) 
             clock_offsets[origin] = float(sent_at) - now, now - time.monotonic()
         except ValueError:
             pass
-    length = response.length
-    if length is not None and length > max_reply:
-        raise ConnectionError(f"the callback server's reply is too long ({length} bytes)")
-    if max_reply > MAX_REPLY and length is not None:
-        body = bytearray(length)
-        view, at = memoryview(body), 0
-        while at < length:
-            count = response.readinto(view[at:])
-            if not count:
-                raise ConnectionError("the callback server's reply was cut short")
-            at += count
-        response.close()
-        return Reply(response.status, headers, body)
-    return Reply(response.status, headers, response.read(max_reply))

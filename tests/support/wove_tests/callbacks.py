@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from wove.callback_server.hub import Lease
     from wove.frames import Frame
+    from wove.shared_parts import SharedCallable
 
 ENVIRONMENT = "tests"
 
@@ -186,6 +187,8 @@ class Payload:
         timeout: float | None = None,
         secret: str | None = None,
         delivery: dict[str, Any] | None = None,
+        shared: SharedCallable | None = None,
+        withdrawn: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.run_id = secrets.token_hex(16)
@@ -203,8 +206,12 @@ class Payload:
                 **(delivery or {}),
             },
         }
+        if shared is not None:
+            self.frame["shared"] = shared
         ring = find_secrets(secret)
-        built = build_payload(self.frame, environment=ENVIRONMENT, ring=ring, callback_url=callback_url)
+        built = build_payload(
+            self.frame, environment=ENVIRONMENT, ring=ring, callback_url=callback_url, withdrawn=withdrawn
+        )
         self.blob: bytes = built.blob
         self.nonce: bytes = built.nonce
         self.message: list[Buffer] | None = built.message

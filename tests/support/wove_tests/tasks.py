@@ -54,6 +54,28 @@ class Multiplier:
         return self.factor * number
 
 
+class Holder:
+    """Holds a lot."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def byte_at(self, place: int) -> int:
+        """A bound method."""
+        return self.data[place]
+
+
+def look_up(model: Any, row: int) -> tuple[int, int]:
+    """Return an element of an array, and this process."""
+    return int(model[row]), os.getpid()
+
+
+def count_in(counts: Any, row: int) -> int:
+    """Change an array, and say what it has now."""
+    counts[0] += 1
+    return int(counts[0])
+
+
 @dataclass
 class Point:
     """A result of a user's own type."""
