@@ -428,9 +428,14 @@ class TestRefusals:
             events_path(run), Wove_Key=kid(), Wove_Final="0", Content_Length=str(routes.MAX_NEWS + 1)
         )
         assert status_of(converse(lease, head)) == 413
-        for path in ("/wove/v1/beats", f"/wove/v1/failed/{run.run_id}"):
-            head = head_of(path, Content_Length=str(routes.MAX_NEWS + 1))
-            assert status_of(converse(lease, head)) == 413
+        length = str(routes.MAX_NEWS + 1)
+        assert status_of(converse(lease, head_of("/wove/v1/beats", Content_Length=length))) == 413
+        failed = f"/wove/v1/failed/{run.run_id}"
+        # Whose word it is comes first: its token stands in the head.
+        assert status_of(converse(lease, head_of(failed, Content_Length=length))) == 401
+        token = f"Bearer {webhook_token(key_of(run), run.run_id)}"
+        head = head_of(failed, Authorization=token, Content_Length=length)
+        assert status_of(converse(lease, head)) == 413
         assert_open(lease, sink, run)
 
     def test_no_length(self, lease: Lease, sink: Sink, run: OpenRun) -> None:
@@ -930,8 +935,8 @@ def connect(lease: Lease) -> Iterator[Callable[[], socket.socket]]:
 
 def closed_by_server(connection: socket.socket) -> bool:
     """Whether the server has closed a connection on which nothing was to be said."""
-    connection.setblocking(False)
     try:
+        connection.setblocking(False)
         return connection.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
         return False
