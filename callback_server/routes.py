@@ -28,7 +28,7 @@ from wove.callback_server.batches import OpenBatch
 from wove.callback_server.beats import Beats
 from wove.callback_server.decoding import BatchNews, decode_batch, decode_news, open_parked, open_parked_news
 from wove.callback_server.guard import LARGE_FROM, send_guarded
-from wove.callback_server.replies import ENDED, WITHDRAWN, Answer, gone, reply, unauthorized
+from wove.callback_server.replies import ENDED, WITHDRAWN, Answer, clock, gone, reply, unauthorized
 from wove.errors import ProtocolError, cut, lost, normalize_exception
 from wove.security import (
     event_mac,
@@ -85,8 +85,8 @@ class Routes:
         ]
 
     async def health(self, request: web.Request) -> web.Response:
-        """Answer that the listener is alive."""
-        return web.json_response({"status": "ok"})
+        """Answer that the listener is alive; workers learn our clock from it."""
+        return web.json_response({"status": "ok"}, headers=clock())
 
     # --- events ---------------------------------------------------------------
 

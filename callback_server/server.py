@@ -67,7 +67,7 @@ class CallbackListener:
         self.tls = tls
         self.runs = OpenRuns()
         self.contacts = Contacts()
-        self.guard = Guard(self.contacts.lost, self.runs.forgive)
+        self.guard = Guard(self.contacts.lost, self.runs.forgive, "callback")
         self._routes: Routes | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None

@@ -62,7 +62,8 @@ class Admission(NamedTuple):
         if not covered:
             raise PayloadRejectedError(
                 f"its outcome would go to {safe_text(origin, 200)}, which WOVE_CALLBACK_ALLOW on this worker does not "
-                "list: add it there, or find out who sends such payloads"
+                "list: add it there, or find out who sends such payloads",
+                reason="callback",
             )
 
     def check_environment(self, name: str) -> None:
@@ -78,7 +79,8 @@ class Admission(NamedTuple):
         if not any(fnmatchcase(name, pattern) for pattern in self.environments):
             raise PayloadRejectedError(
                 f"it belongs to the environment {safe_text(name, 100)!r}, and this worker takes those of "
-                f"WOVE_ENVIRONMENTS only: {', '.join(self.environments)}"
+                f"WOVE_ENVIRONMENTS only: {', '.join(self.environments)}",
+                reason="environment",
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from wove.keyring import current_secrets
 from wove.security import fetch_tag, open_payload, run_key
 from wove.wire import decode_callable, decode_value, unpack_message
 from wove.worker.admission import admission
-from wove.worker.connection import clock_offsets, split_url
+from wove.worker.connection import clock_offset, request, split_url
 from wove.worker.fetching import claimed, fetch
 from wove.worker.parts import shared_part
 
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
 
     from wove.tables import Row
 
+logger = logging.getLogger("wove.worker")
+
 #: The version of the payload format that this worker reads.
 VERSION = 1
 
 #: Seconds by which a payload must be too old before it is refused for its age: clocks differ.
 EXPIRED_KNOWN = 2.0
 EXPIRED_UNKNOWN = 60.0
+#: Seconds that a callback server gets to tell the time.
+TIME_PATIENCE = 2.0
 
 
 class Assignment:
@@ -81,7 +86,7 @@ class Assignment:
         try:
             self._admission.check_origin(self.origin)
         except PayloadRejectedError as exc:
-            raise PayloadRejectedError(f"run {self.run_id}: {exc}") from None
+            raise PayloadRejectedError(f"run {self.run_id}: {exc}", reason=exc.reason) from None
         self.kid = secret.kid
         self._secret, self._nonce = secret, nonce
         self.key = run_key(secret, self.environment, self.run_id, nonce)
@@ -101,13 +106,25 @@ class Assignment:
         self._admission.check_environment(self.environment)
         if self._expires is None:
             return
-        offset = clock_offsets.get(self.origin)
+        offset = clock_offset(self.origin)
+        if offset is None:
+            offset = self._ask_for_the_time()
         age = time.time() + (offset or 0.0) - self.sent_at
         if age > self._expires + (EXPIRED_UNKNOWN if offset is None else EXPIRED_KNOWN):
             raise PayloadRejectedError(
                 f"it has expired: it was signed {age:.0f} s ago and is good for {self._expires:g} s "
-                '(executor_config["payload_expires"])'
+                '(executor_config["payload_expires"])',
+                reason="expired",
             )
+
+    def _ask_for_the_time(self) -> float | None:
+        try:
+            request(self.origin, "GET", f"{self.path}/healthz", {}, timeout=TIME_PATIENCE)
+        except Exception as exc:  # its submitter may be gone: then our own clock has to do
+            logger.info(
+                "run %s: the time is not known of %s: %s", self.run_id, self.origin, type(exc).__name__
+            )
+        return clock_offset(self.origin)
 
     def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """Return the callable, its positional and its keyword arguments.
@@ -135,7 +152,8 @@ class Assignment:
         if version != VERSION:
             raise PayloadRejectedError(
                 f"the payload is of version {version!r} and this worker reads version {VERSION}: "
-                "install the same release of Wove on the submitter and its workers"
+                "install the same release of Wove on the submitter and its workers",
+                reason="version",
             )
 
     def load_batch(self) -> tuple[Any, list[Row]]:

@@ -16,7 +16,14 @@ from wove.tables import CANCELLED, ERROR, MAX_VALUE, RETURNED, encode_small, pac
 from wove.wire import pack_message, park
 from wove.worker.context import RunContext, bind
 from wove.worker.courier import courier_for
-from wove.worker.execution import TaskCancelledItself, cannot_load, drive, is_cancellation, keep
+from wove.worker.execution import (
+    TaskCancelledItself,
+    cannot_load,
+    drive,
+    is_cancellation,
+    keep,
+    note_refusal,
+)
 from wove.worker.offering import offer, patience
 from wove.worker.pace import measured
 from wove.worker.session import CONTENT_TYPE, MAX_FRAMES, REPORT_AGAIN, REPORT_TIMEOUT, Session
@@ -420,7 +427,7 @@ def _load(session: BatchSession, hooks: BackendHooks) -> tuple[Any, list[Row]]:
         func, rows = task.load_batch()
     except BaseException as exc:
         if isinstance(exc, PayloadRejectedError):
-            logger.error("payload of task %s rejected: %s", task.task_id, exc)
+            note_refusal(exc, "payload of task %s rejected: %s", task.task_id, exc)
         else:
             exc.add_note(cannot_load(session.worker, task.task_id))
         hooks.ends(None, exc, source="worker")
@@ -463,8 +470,11 @@ class _Work:
         try:
             positional, keywords = session.assignment.decode_row(row)
         except BaseException as exc:
-            if not isinstance(exc, PayloadRejectedError):
-                exc.add_note(cannot_load(session.worker, session.assignment.task_id))
+            task_id = session.assignment.task_id
+            if isinstance(exc, PayloadRejectedError):
+                note_refusal(exc, "payload of task %s rejected: %s", task_id, exc)
+            else:
+                exc.add_note(cannot_load(session.worker, task_id))
             self._fail(place, row[0], exc, source="worker")
             return
         try:

@@ -44,8 +44,11 @@ class Reply(NamedTuple):
     digest: bytes | None = None
 
 
-#: Per callback origin: its wall clock minus ours, in seconds, as its last reply told.
-clock_offsets: dict[str, float] = {}
+#: Per callback origin: its wall clock minus ours, in seconds, as its last reply told; and ours minus the
+#: monotonic one at that time.
+clock_offsets: dict[str, tuple[float, float]] = {}
+#: Seconds by which that difference may change before our own clock counts as set anew.
+CLOCK_JUMP = 1.0
 
 #: Per callback origin: when a request was made that told its count of withdrawals, on the monotonic clock,
 #: and that count, as text.
@@ -125,6 +128,17 @@ def request(
             connection.close()
             raise
     raise ConnectionError("unreachable")  # the second round either returns or raises
+
+
+def clock_offset(origin: str) -> float | None:
+    """Return a callback server's wall clock minus ours, in seconds; None when it is not known, or no longer."""
+    known = clock_offsets.get(origin)
+    if known is None:
+        return None
+    offset, ours = known
+    if abs(time.time() - time.monotonic() - ours) > CLOCK_JUMP:
+        return None  # our clock was set, or this machine slept
+    return offset
 
 
 def _exchange(
@@ -266,6 +280,7 @@ def _note(origin: str, headers: Mapping[str, str]) -> None:
         try:
             if len(clock_offsets) > 1_000:
                 clock_offsets.clear()
-            clock_offsets[origin] = float(sent_at) - time.time()
+            now = time.time()
+            clock_offsets[origin] = float(sent_at) - now, now - time.monotonic()
         except ValueError:
             pass

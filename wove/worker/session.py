@@ -14,7 +14,7 @@ from wove.errors import EncodeError, lost, normalize_exception
 from wove.security import event_tag, reply_tag, same
 from wove.wire import encode_value, pack_message, park
 from wove.worker import offering
-from wove.worker.connection import Reply, clock_offsets, request, withdrawals
+from wove.worker.connection import Reply, clock_offset, request, withdrawals
 from wove.worker.context import RunContext
 from wove.worker.offering import offer, patience, retry_after
 from wove.worker.pace import is_short
@@ -121,16 +121,13 @@ class Session:
             return True
         # How often the backend itself has run the payload before, where it counts that.
         self._retry = redelivered if type(redelivered) is int else 0
-        offset = clock_offsets.get(self.assignment.origin)
+        offset = clock_offset(self.assignment.origin)
         unseen = unseen and not is_short(self.assignment.function)
         unasked = offset is not None and not (redelivered or self.assignment.ask or unseen)
         age = time.time() + (offset or 0.0) - self.assignment.sent_at
-        if unasked and abs(age) < FRESH:
+        if unasked and (abs(age) < FRESH or (-FRESH < age < SETTLED and self._nothing_withdrawn())):
             return True
-        if offset is not None and self.assignment.overdue(offset, OVERDUE_KNOWN):
-            return False
-        if unasked and -FRESH < age < SETTLED and self._nothing_withdrawn():
-            return True
+        # Also what seems to be long over: by clocks alone nothing is skipped, for they may have been set meanwhile.
         return self._ask(offset)
 
     def _nothing_withdrawn(self) -> bool:
@@ -143,13 +140,14 @@ class Session:
         return withdrawn == str(task.withdrawn) and time.monotonic() - told_at < RECENT
 
     def _ask(self, offset: float | None) -> bool:
+        tolerance = OVERDUE_UNKNOWN if offset is None else OVERDUE_KNOWN
         give_up = time.monotonic() + ASK_PATIENCE
         while True:
             frame = self._frame(frames.TASK_STARTED, fence=True, retry=self._retry)
             try:
                 reply = self._post([frame], [], final=False, timeout=ASK_TIMEOUT)
             except Exception as exc:
-                if self.assignment.overdue(offset or 0.0, OVERDUE_UNKNOWN):
+                if self.assignment.overdue(offset or 0.0, tolerance):
                     logger.info(
                         "run %s is not started: its deadline is over, its caller gone", self.assignment.run_id
                     )

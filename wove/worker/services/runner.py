@@ -191,7 +191,8 @@ class Run:
         if envelope.get("v") != VERSION:
             raise PayloadRejectedError(
                 f"the command is of version {envelope.get('v')!r} and this worker reads version {VERSION}: "
-                "install the same release of Wove on both sides"
+                "install the same release of Wove on both sides",
+                reason="version",
             )
         described, arguments = envelope.get("callable"), envelope.get("args")
         if self._runner.allow is not None:
