@@ -19,6 +19,7 @@ from wove_tests.proxy import TcpProxy
 from wove_tests.waiting import until
 
 from wove import ExecutorRuntime, WorkerLostError
+from wove.buffers import Original
 from wove.callback_server import hub
 from wove.demo.processes import free_port
 from wove.errors import PayloadRejectedError, ProtocolError
@@ -202,6 +203,7 @@ async def test_cancelled_before_it_is_fetched(fleet: EnvironmentHandle, proxy: T
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
+    await until(lambda: all(run.cancelled for run in open_runs(fleet)), "the cancellation is there")
     proxy.up()
     # Workers ask once more, are answered 410, and say so.
     await until(lambda: open_runs(fleet) == [], "the runs are closed")
@@ -257,8 +259,7 @@ def test_who_knows_the_digest_has_not_got_it() -> None:
     shared = SharedCallable(partial(tasks.look_up, np.ones(MEBIBYTE)))
     part = shared.part()
     assert part is not None
-    fetched = parts.cache().get(("kid", "other", part.digest), lambda: memoryview(bytearray(part.size)))
-    assert fetched.readonly
+    parts.cache().get(("kid", "other", part.digest), lambda: Original(part.size))
     assert ("kid", ENVIRONMENT, part.digest) not in parts.cache()._kept
 
 
