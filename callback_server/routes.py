@@ -26,7 +26,7 @@ from aiohttp import web
 from wove import frames
 from wove.callback_server.beats import Beats
 from wove.callback_server.decoding import decode_batch, open_parked
-from wove.callback_server.guard import LARGE_FROM
+from wove.callback_server.guard import BODY_SECONDS, LARGE_FROM, SLOWEST_BODY
 from wove.callback_server.large import send_body
 from wove.callback_server.replies import ENDED, gone, reply, unauthorized
 from wove.errors import ProtocolError, cut, lost, normalize_exception
@@ -225,10 +225,16 @@ class Routes:
         if message is None or run.cancelled:
             raise self._gone(request)
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
-        response.content_length = size_of(message)
+        response.content_length = size = size_of(message)
         await response.prepare(request)
-        await send_body(request, response, message)
-        await response.write_eof()
+        try:
+            async with asyncio.timeout(BODY_SECONDS + size / SLOWEST_BODY):
+                await send_body(request, response, message)
+                await response.write_eof()
+        except (ConnectionError, TimeoutError):
+            # It left, or does not read: it asks again if it lives.
+            if request.transport is not None:
+                request.transport.abort()
         return response
 
     # --- the backend's own word -------------------------------------------------
