@@ -14,10 +14,10 @@ PYTEST_ARGS ?=
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest matrix chaos kills fuzz format clean
+.PHONY: help demo test lint types pytest matrix chaos kills fuzz bench bench-quick format clean
 
 help: ## what can be made
-	@awk -F ' ## ' '/^[a-z]+:.* ## / { sub(/:.*/, "", $$1); printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ' ## ' '/^[a-z-]+:.* ## / { sub(/:.*/, "", $$1); printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo ## run work on a Celery and an RQ worker, started for the occasion
 	@$(BIN)/wove demo
@@ -58,6 +58,13 @@ kills: $(VENV)/.test ## how soon a caller learns that its worker was killed: KIL
 fuzz: $(VENV)/.test ## made-up bytes for every decoder and the listener, for minutes: FUZZ_EXAMPLES, FUZZ_REQUESTS, FUZZ_SEED
 	@FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-5000} FUZZ_REQUESTS=$${FUZZ_REQUESTS:-10000} FUZZ_FRAMES=$${FUZZ_FRAMES:-100000} \
 	  $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
+
+# BENCH_ARGS="--only celery --rounds 9" make bench
+bench: $(VENV)/.test ## Wove beside raw Celery, raw RQ and Wove 2.0.3: 8 minutes, writes benchmarks/RESULTS.md and the plot
+	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+bench-quick: $(VENV)/.test ## the same with fewer calls, under two minutes; writes into build/bench
+	@$(BIN)/python benchmarks/bench.py --scale quick $(BENCH_ARGS)
 
 format: $(VENV)/.test ## let ruff mend and format the code
 	@$(BIN)/ruff check --fix .

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 #: Threads for one adapter's blocking calls: one that hangs does not stop the others.
 BLOCKING_THREADS = 4
+ASKING_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class BackendAdapter(ABC):
     config_keys: ClassVar[tuple[str, ...] | None] = None
     #: Whether :meth:`cancel` can end the process of a running task, where that is configured.
     stops_running: bool = False
+    #: Whether :meth:`submit_blocking` is to be called instead of :meth:`submit_many`.
+    submits_blocking: ClassVar[bool] = False
     #: Whether the backend can call a URL when a job fails: then frames carry ``failure_webhook``.
     takes_failure_webhook: ClassVar[bool] = False
 
@@ -72,6 +75,7 @@ class BackendAdapter(ABC):
         self.callback_url = callback_url
         self.run_config = run_config
         self._blocking: DaemonPool | None = None
+        self._asking: DaemonPool | None = None
         #: What the worker of a job has said of itself (``host``, ``pid``, ...); empty where
         #: none has spoken. Set by the executor; callable from any thread.
         self.worker_of: Callable[[str], Mapping[str, Any]] = _nobody
@@ -90,17 +94,19 @@ class BackendAdapter(ABC):
         Args:
             payload: signed bytes, to be given unchanged to ``wove.worker.run`` there.
             frame: the ``run_task`` frame: ``run_id``, ``task_id``, ``delivery`` (its ``attempt``
-                counts resubmissions, its ``key`` is the idempotency key) and, for a backend that
-                can call a URL when a job fails, ``failure_webhook`` (``url``, ``token``).
+                counts deliveries that came to nothing, its ``key`` is the idempotency key, and it is
+                ``repeated`` where the backend may have this very attempt already) and, for a backend
+                that can call a URL when a job fails, ``failure_webhook`` (``url``, ``token``).
 
         Returns:
             Whatever :meth:`cancel` needs to find the job again.
 
         Raises:
-            Exception: the backend did not accept the payload. Not idempotent: Wove calls
-                it once per attempt. Use :func:`wove.backend.job_id` as the job's id, which
-                is the run's id for the first attempt, so that a repeated submission is recognised.
-            SubmitError: as well; then ``delivery_retries`` may submit the run again.
+            Exception: the backend did not accept the payload.
+            SubmitError: as well; then ``delivery_retries`` may submit the run again: as another attempt, or,
+                where it was ``maybe_accepted``, as the same one. Use :func:`wove.backend.job_id` as the job's
+                id, so that a backend which can tell does not take it twice; where it does, the second
+                execution is not begun while there is a first.
         """
 
     async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
@@ -116,6 +122,14 @@ class BackendAdapter(ABC):
             except Exception as exc:
                 results.append(exc)
         return results
+
+    def submit_blocking(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        """Do what :meth:`submit_many` does, in a thread that may block.
+
+        For adapters whose clients block anyway, and that set :attr:`submits_blocking`: it spares each
+        submission two changes of thread. May be called from several threads at a time.
+        """
+        raise NotImplementedError
 
     async def submit_alone(self, payload: bytes, frame: Frame) -> Any:
         """Submit one payload by :meth:`submit_many`, for adapters whose batches come first."""
@@ -176,11 +190,21 @@ class BackendAdapter(ABC):
             self._blocking = DaemonPool(BLOCKING_THREADS, f"wove-adapter-{self.name}")
         return await asyncio.wrap_future(self._blocking.submit(func, *args))
 
+    async def asking(self, func: Callable[..., Any], *args: Any) -> Any:
+        """As :meth:`blocking`, in threads of their own: for :meth:`probe`.
+
+        Whether a worker is dead can be asked while submissions hang, and the other way round.
+        """
+        if self._asking is None:
+            self._asking = DaemonPool(ASKING_THREADS, f"wove-probe-{self.name}")
+        return await asyncio.wrap_future(self._asking.submit(func, *args))
+
     def release_threads(self) -> None:
-        """Let the threads of :meth:`blocking` end. Called after :meth:`close`."""
-        if self._blocking is not None:
-            self._blocking.close()
-            self._blocking = None
+        """Let the threads of :meth:`blocking` and :meth:`asking` end. Called after :meth:`close`."""
+        for pool in (self._blocking, self._asking):
+            if pool is not None:
+                pool.close()
+        self._blocking = self._asking = None
 
 
 def _nobody(job: str) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from wove.security import scrub, without_passwords
 from wove.wire import PARKED, PARKED_SUFFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from wove.frames import Frame
 
@@ -52,6 +52,7 @@ class CeleryAdapter(BackendAdapter):
 
     required_modules = ("celery", "aiohttp", "cloudpickle", "msgpack")
     install_hint = 'pip install "wove[celery]"'
+    submits_blocking = True
     config_keys = (
         "app", "app_name", "broker_url", "queue", "result_backend", "send_task_options",
         "task_name", "terminate_on_cancel",
@@ -114,10 +115,11 @@ class CeleryAdapter(BackendAdapter):
 
     async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
         """Send tasks by one producer, held for the batch."""
-        results: list[Any] = await self.blocking(self._send_batch, batch)
+        results: list[Any] = await self.blocking(self.submit_blocking, batch)
         return results
 
-    def _send_batch(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+    def submit_blocking(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        """Send tasks by one producer, held for the batch."""
         results: list[Any] = []
         try:
             with self._app.producer_or_acquire() as producer:
@@ -182,15 +184,15 @@ class CeleryAdapter(BackendAdapter):
 
     async def probe(self, run_ids: Sequence[str]) -> dict[str, BackendState]:
         """Ask the workers that were at the runs, and the result backend for parked outcomes."""
-        states: dict[str, BackendState] = await self.blocking(self._probe, list(run_ids))
+        states: dict[str, BackendState] = await self.asking(self._probe, list(run_ids))
         return states
 
     def _probe(self, run_ids: list[str]) -> dict[str, BackendState]:
-        states = {}
-        for run_id, state in self._ask_workers(run_ids).items():
-            # Running or queued work has no outcome yet.
-            parked = self._parked(run_id) if state.state not in ("running", "queued") else None
-            states[run_id] = replace(state, outcome=parked)
+        states = self._ask_workers(run_ids)
+        # Running or queued work has no outcome yet.
+        over = [run_id for run_id, state in states.items() if state.state not in ("running", "queued")]
+        for run_id, parked in self._parked(over).items():
+            states[run_id] = replace(states[run_id], outcome=parked)
         return states
 
     def _ask_workers(self, run_ids: list[str]) -> dict[str, BackendState]:
@@ -240,21 +242,25 @@ class CeleryAdapter(BackendAdapter):
                     found[node, answer.get("pid")] = answer
         return found
 
-    def _parked(self, run_id: str) -> bytes | None:
+    def _parked(self, run_ids: list[str]) -> dict[str, bytes]:
+        """Return the outcomes that were left in the result backend."""
         from celery.backends.base import DisabledBackend
 
         backend = self._app.backend
         # Other formats than JSON would be decoded before anything is verified.
-        if isinstance(backend, DisabledBackend) or self._app.conf.result_serializer != "json":
-            return None
+        if not run_ids or isinstance(backend, DisabledBackend) or self._app.conf.result_serializer != "json":
+            return {}
+        found = {}
         try:
-            meta = backend.get_task_meta(f"{run_id}{PARKED_SUFFIX}", cache=False)
-            kept = meta.get("result") if meta.get("status") == "SUCCESS" else None
-            text = kept.get(PARKED) if isinstance(kept, dict) else None
-            return base64.b64decode(text, validate=True) if isinstance(text, str) else None
+            metas = _metas(backend, [f"{run_id}{PARKED_SUFFIX}" for run_id in run_ids])
+            for run_id, meta in zip(run_ids, metas, strict=True):
+                kept = meta.get("result") if meta.get("status") == "SUCCESS" else None
+                text = kept.get(PARKED) if isinstance(kept, dict) else None
+                if isinstance(text, str):
+                    found[run_id] = _decoded(text)
         except Exception as exc:  # a result backend that is out must not void the workers' words
             logger.info("environment %r: the result backend was not asked: %s", self.name, exc)
-            return None
+        return found
 
     async def close(self) -> None:
         """Close an app that was made here; never a user's."""
@@ -264,6 +270,29 @@ class CeleryAdapter(BackendAdapter):
 
     #: The app made from ``broker_url``.
     _owned: Any = None
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        return b""  # which is no outcome: whoever reads it says so
+
+
+def _metas(backend: Any, task_ids: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield what a result backend has on tasks, fetched in one round trip where it can."""
+    values: Any = None
+    if hasattr(backend, "get_key_for_task"):
+        try:
+            values = backend.mget([backend.get_key_for_task(task_id) for task_id in task_ids])
+        except NotImplementedError:
+            pass
+    if values is None or hasattr(values, "items"):
+        for task_id in task_ids:
+            yield backend.get_task_meta(task_id, cache=False)
+        return
+    for value in values:
+        yield backend.decode_result(value) if value else {}
 
 
 def _state(node: str, run_id: str, answer: Any, requeues: bool) -> BackendState:

@@ -6,15 +6,15 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from wove.adapters.base import BackendAdapter
-from wove.adapters.rq_sharing import SHARED_FUNCTION, SharedJobs, Ticket
+from wove.adapters.rq_sharing import SHARED_FUNCTION, AnswerLost, SharedJobs, Ticket
 from wove.adapters.rq_states import as_str, living, state_of
-from wove.backend import as_text, job_id, summarize_call
+from wove.backend import as_text, is_repeated, job_id, summarize_call
 from wove.errors import ConfigurationError, SubmitError
 from wove.security import scrub, without_passwords
 from wove.wire import PARKED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from wove.adapters.base import BackendState
     from wove.frames import Frame
@@ -49,6 +49,7 @@ class RqAdapter(BackendAdapter):
 
     required_modules = ("rq", "redis", "aiohttp", "cloudpickle", "msgpack")
     install_hint = 'pip install "wove[rq]"'
+    submits_blocking = True
     takes_failure_webhook = True
     config_keys = ("enqueue_options", "queue", "queue_name", "redis_url", "stop_on_cancel")
 
@@ -104,14 +105,22 @@ class RqAdapter(BackendAdapter):
 
     async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
         """Enqueue jobs in one pipeline, in one round trip."""
-        results: list[Any] = await self.blocking(self._enqueue, batch)
+        results: list[Any] = await self.blocking(self.submit_blocking, batch)
         return results
 
-    def _enqueue(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
-        if not any(_key(frame) for _, frame in batch):
-            return self._enqueue_many(batch)
-        alone = iter(self._enqueue_many([item for item in batch if not _key(item[1])]))
-        return [self._share(*item) if _key(item[1]) else next(alone) for item in batch]
+    def submit_blocking(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        """Enqueue jobs in one pipeline, in one round trip."""
+        ways = [self._way(frame) for _, frame in batch]
+        together = iter(
+            self._enqueue_many([item for item, way in zip(batch, ways, strict=True) if way is None])
+        )
+        return [next(together) if way is None else way(*item) for item, way in zip(batch, ways, strict=True)]
+
+    def _way(self, frame: Frame) -> Callable[[bytes, Frame], Any] | None:
+        """Return how a job is enqueued that does not go with others."""
+        if _key(frame):
+            return self._share
+        return self._repeat if is_repeated(frame) else None
 
     def _share(self, payload: bytes, frame: Frame) -> Any:
         """Enqueue a job that others may share, or share theirs."""
@@ -119,8 +128,35 @@ class RqAdapter(BackendAdapter):
             return self._shared.submit(self._job(payload, frame), payload, frame)
         except (ConfigurationError, SubmitError) as exc:
             return exc
+        except AnswerLost as exc:
+            return self._submit_error(exc.error, exc.ticket)
         except Exception as exc:
             return self._submit_error(exc)
+
+    def _repeat(self, payload: bytes, frame: Frame) -> Any:
+        """Enqueue a job that may be there already."""
+        from redis import WatchError
+        from rq.job import Job
+
+        job = job_id(frame)
+        try:
+            data = self._job(payload, frame)
+            with self._queue.connection.pipeline() as pipeline:
+                while True:
+                    pipeline.watch(Job.key_for(job))
+                    if pipeline.exists(Job.key_for(job)):
+                        return job
+                    pipeline.multi()
+                    self._queue.enqueue_many([data], pipeline=pipeline)
+                    try:
+                        pipeline.execute()
+                    except WatchError:
+                        continue  # the first submission came through this moment
+                    return job
+        except ConfigurationError as exc:
+            return exc
+        except Exception as exc:
+            return self._submit_error(exc, job)
 
     def _enqueue_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
         results: list[Any] = []
@@ -139,17 +175,19 @@ class RqAdapter(BackendAdapter):
                 pipeline.execute()
         except Exception as exc:
             return [
-                result if isinstance(result, Exception) else self._submit_error(exc) for result in results
+                result if isinstance(result, Exception) else self._submit_error(exc, result)
+                for result in results
             ]
         return results
 
-    def _submit_error(self, exc: Exception) -> SubmitError:
+    def _submit_error(self, exc: Exception, submission: str | None = None) -> SubmitError:
         setting = "redis_url" if self.config.get("redis_url") else "queue"
         where = scrub(str(self.config.get("redis_url") or "of the queue"))
         error = SubmitError(
             f"environment {self.name!r}: the Redis {where} did not accept the run: {type(exc).__name__}: "
             f'{scrub(str(exc))}; is it running? (executor_config["{setting}"])',
             maybe_accepted=True,
+            submission=submission,
         )
         error.__cause__ = without_passwords(exc)
         return error
@@ -243,7 +281,7 @@ class RqAdapter(BackendAdapter):
 
     async def probe(self, run_ids: Sequence[str]) -> dict[str, BackendState]:
         """Ask RQ for the jobs, in one round trip."""
-        states: dict[str, BackendState] = await self.blocking(self._probe, list(run_ids))
+        states: dict[str, BackendState] = await self.asking(self._probe, list(run_ids))
         return states
 
     def _probe(self, run_ids: list[str]) -> dict[str, BackendState]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wove.adapters.rq_states import as_str
-from wove.backend import JOINED, job_id, shared_name
+from wove.backend import JOINED, is_repeated, job_id, shared_name
 from wove.errors import ConfigurationError, SubmitError
 from wove.wire import callable_name
 
@@ -83,6 +83,20 @@ class Ticket(NamedTuple):
         return cls(*parts) if len(parts) == 3 else None
 
 
+class AnswerLost(Exception):
+    """Redis did not answer to a submission, which it may have accepted.
+
+    Attributes:
+        error: what was raised.
+        ticket: what the run is known by if it was accepted.
+    """
+
+    def __init__(self, error: Exception, ticket: Ticket) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.ticket = str(ticket)
+
+
 class SharedJobs:
     """The jobs of one environment that others may share. Methods block.
 
@@ -110,6 +124,7 @@ class SharedJobs:
         Raises:
             ConfigurationError: the key is in use for another function.
             SubmitError: others were faster for too long.
+            AnswerLost: Redis may have accepted it.
             Exception: what Redis raises.
         """
         from redis import WatchError
@@ -120,6 +135,8 @@ class SharedJobs:
         if frame["delivery"].get("attempt", 1) > 1 and self._parts(name, frame["run_id"]):
             self._queue.enqueue_many([data._replace(func=LONE_FUNCTION)])
             return job_id(frame)
+        if is_repeated(frame) and (accepted := self._accepted(name, frame)) is not None:
+            return str(accepted)
         with self._queue.connection.pipeline() as pipeline:
             for _ in range(MAX_RACES):
                 pipeline.watch(name)
@@ -138,10 +155,27 @@ class SharedJobs:
                     pipeline.execute()
                 except WatchError:
                     continue
+                except Exception as exc:
+                    raise AnswerLost(exc, Ticket(job, frame["run_id"], name)) from exc
                 return str(Ticket(job, frame["run_id"], name))
         raise SubmitError(
             f"environment {self._environment!r}: too many submitters of the delivery_idempotency_key {key!r} at once"
         )
+
+    def _accepted(self, name: str, frame: Frame) -> Ticket | None:
+        """Return the ticket of a run that takes part already; None of one that does not."""
+        from rq.job import Job
+
+        run_id = frame["run_id"]
+        job, owner, joined = map(
+            as_str, self._queue.connection.hmget(name, ("job", "owner", JOINED + run_id))
+        )
+        if job and (joined or owner == run_id):
+            return Ticket(job, run_id, name)
+        # Its own job may be over, and hold the outcome.
+        if self._queue.connection.exists(Job.key_for(job_id(frame))):
+            return Ticket(job_id(frame), run_id, name)
+        return None
 
     def _find_open(self, pipeline: Any, name: str, func: str, frame: Frame) -> str | None:
         """Return the id of the job to join; None when there is none."""

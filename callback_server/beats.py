@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from wove import frames
+from wove.callback_server.batches import OpenBatch
 from wove.callback_server.decoding import MAX_EXECUTION
 from wove.callback_server.guard import Guard, refusal
 from wove.callback_server.replies import gone, reply, unauthorized
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from wove.callback_server.contacts import Contacts
     from wove.callback_server.runs import Execution, OpenRun, OpenRuns
 
-#: Largest body, in bytes.
-MAX_BODY = 256 * 1024
+#: Largest body, in bytes: it is read before anything of it can be verified.
+MAX_BODY = 64 * 1024
 #: Seconds a beat is held at most, whatever the worker asks for.
 MAX_HOLD = 30.0
 MAX_RUNS_IN_BEAT = 256
@@ -35,13 +36,22 @@ class _Beat:
     count: int
     key: bytes
     told: bool
+    #: Of a batch: how many withdrawals its worker has heard of.
+    heard: int = 0
 
     @property
     def to_cancel(self) -> bool:
+        if isinstance(self.run, OpenBatch):
+            return len(self.run.withdrawn) > self.heard
         # What an earlier attempt does is of no use any more, either.
         return (self.run.cancelled or self.execution.attempt < self.run.attempt) and not self.told
 
     def cancel_line(self) -> str:
+        if isinstance(self.run, OpenBatch):
+            places = self.run.withdrawn[self.heard :]
+            text = " ".join(map(str, (len(self.run.withdrawn), *places)))
+            tag = cancel_tag(self.key, self.run.run_id, f"{self.name} {text}", self.count)
+            return f"withdrawn {self.name} {tag.hex()} {text}"
         tag = cancel_tag(self.key, self.run.run_id, self.name, self.count)
         return f"cancel {self.name} {tag.hex()}"
 
@@ -84,7 +94,10 @@ class Beats:
         return any(self._runs.get(beat.run.run_id) is beat.run for beat in beating)
 
     def _read_beat(self, request: web.Request, body: bytearray) -> tuple[float, list[_Beat]]:
-        """Read ``hold SECONDS`` and ``run|stopping ID EXECUTION ATTEMPT COUNT KID TAG`` lines, verified."""
+        """Read ``hold SECONDS`` and ``run|stopping ID EXECUTION ATTEMPT COUNT KID TAG`` lines, verified.
+
+        A batch has ``batch`` instead, and at the end of its line how many withdrawals its worker has heard of.
+        """
         hold = MAX_HOLD
         beating = []
         named = False
@@ -93,9 +106,12 @@ class Beats:
             words = line.split(" ")
             if words[0] == "hold" and len(words) == 2:
                 hold = _seconds(words[1])
-            elif words[0] in ("run", "stopping") and len(words) == 7:
-                beat = self._verified_beat(*words)
+            elif (words[0] in ("run", "stopping") and len(words) == 7) or (
+                words[0] == "batch" and len(words) == 8
+            ):
+                beat = self._verified_beat(*words[:7])
                 if beat is not None:
+                    beat.heard = _count(words[7]) if words[0] == "batch" else 0
                     beating.append(beat)
                 else:
                     refused = refused or self._runs.get(words[1]) is not None
@@ -127,6 +143,10 @@ class Beats:
             return None
         execution.beats = number
         return _Beat(run, name, execution, number, key, told=word == "stopping")
+
+
+def _count(text: str) -> int:
+    return int(text) if text.isdecimal() and len(text) < 12 else 0
 
 
 def _seconds(text: str) -> float:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import weakref
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wove.callback_server.guard import HEAD_SECONDS
 
 if TYPE_CHECKING:
-    import socket
     import ssl
     from collections.abc import Callable, Sequence
 
@@ -28,6 +30,8 @@ CROWDED_SECONDS = 0.5
 GOODBYE_SECONDS = 2.0
 #: Seconds after which a full house, or a system without file descriptors, is looked at again.
 PAUSE_SECONDS = 0.05
+#: How often, a millisecond apart, is looked for connections that were cut off and are open yet.
+CUT_OFF_LOOKS = 500
 
 
 class TlsDoor:
@@ -47,7 +51,7 @@ class TlsDoor:
         # In the order in which they came, with the time at which they did.
         self._shaking: dict[asyncio.Task[None], float] = {}
         self._sockets: list[socket.socket] = []
-        self._transports: weakref.WeakSet[asyncio.BaseTransport] = weakref.WeakSet()
+        self._connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
     @property
     def handshakes(self) -> int:
@@ -71,10 +75,18 @@ class TlsDoor:
         for task in tuple(self._shaking):
             task.cancel()
 
-    def abort(self) -> None:
-        """Drop every connection, those too whose peers owe TLS's own goodbye."""
-        for transport in tuple(self._transports):
-            transport.abort()  # type: ignore[attr-defined]
+    async def cut_off(self) -> None:
+        """End every connection, those too whose peers owe TLS's own goodbye, and wait until they are closed.
+
+        By their sockets: a TLS transport of asyncio's that was closed twice, as aiohttp does, has forgotten
+        what it stands for, and aborting it does nothing.
+        """
+        for connection in tuple(self._connections):
+            _cut(connection)
+        for _ in range(CUT_OFF_LOOKS):
+            if not any(connection.fileno() >= 0 for connection in tuple(self._connections)):
+                return
+            await asyncio.sleep(0.001)
 
     def _accept(self, listening: socket.socket) -> None:
         for _ in range(ACCEPT_AT_ONCE):
@@ -90,9 +102,10 @@ class TlsDoor:
                 self._pause(listening)
                 return
             connection.setblocking(False)
+            self._connections.add(connection)
             task = self._loop.create_task(self._shake_hands(connection), name="wove-handshake")
             self._shaking[task] = self._loop.time()
-            task.add_done_callback(self._done)
+            task.add_done_callback(partial(self._done, connection))
 
     def _evict(self) -> bool:
         """Break off the oldest handshake, if it has had its time."""
@@ -114,20 +127,27 @@ class TlsDoor:
 
     async def _shake_hands(self, connection: socket.socket) -> None:
         try:
-            transport, _ = await self._loop.connect_accepted_socket(
+            await self._loop.connect_accepted_socket(
                 self._factory,
                 connection,
                 ssl=self._context,
                 ssl_handshake_timeout=HEAD_SECONDS,
                 ssl_shutdown_timeout=GOODBYE_SECONDS,
             )
-            self._transports.add(transport)
         except (OSError, asyncio.CancelledError) as exc:
             # Strangers, scanners, workers with another authority: who they are is for their own logs.
             logger.debug("a TLS handshake failed: %s", type(exc).__name__)
-            connection.close()
+            # Its transport owns it, and may be registered with the loop: that one sees the end, and closes it.
+            _cut(connection)
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _done(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
         self._shaking.pop(task, None)
+        if task.cancelled() or task.exception() is not None:
+            connection.close()  # it was not begun, or never got a transport
         if not task.cancelled() and task.exception() is not None:
             logger.error("a connection could not be taken", exc_info=task.exception())
+
+
+def _cut(connection: socket.socket) -> None:
+    with suppress(OSError):  # it is closed, or its peer has gone
+        connection.shutdown(socket.SHUT_RDWR)

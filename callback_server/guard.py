@@ -8,6 +8,8 @@ adds them by aiohttp's public API.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import resource
 import time
 from functools import partial
@@ -16,10 +18,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aiohttp import web
 
 from wove.buffers import room
-from wove.callback_server.large import take_body
+from wove.callback_server.large import send_body, take_body
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from typing_extensions import Buffer
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -39,8 +43,13 @@ DESCRIPTOR_SHARE = 4
 LARGE_FROM = 1024 * 1024
 #: Bytes of bodies that may be under way at once; beyond it peers are asked to come back.
 MAX_BYTES_IN_FLIGHT = 512 * 1024 * 1024
+#: Bodies up to this size, in bytes, are no part of that: they are as many as there are connections, and who claims
+#: large ones must not keep others from reporting small ones.
+SMALL_BODY = 256 * 1024
 #: Seconds between two looks at the connections.
 SWEEP_SECONDS = 0.25
+#: Connections that are closed in one turn of the loop: others have their turns between.
+CLOSED_AT_ONCE = 16
 #: Seconds between two such looks after which the process itself must have stood still.
 PAUSE_SECONDS = 3.0
 
@@ -60,8 +69,11 @@ class Guard:
     ) -> None:
         self._on_lost = on_lost
         self._on_pause = on_pause
-        self._last_seen: dict[Any, float] = {}
-        self._used: set[Any] = set()
+        #: All that the last look saw, and those that it may close: since when, the longest first.
+        self._known: set[Any] = set()
+        self._silent: dict[Any, float] = {}  # they never asked for anything
+        self._reading: dict[Any, float] = {}  # their request's body is on its way
+        self._idle: dict[Any, float] = {}  # their last request was answered
         self._active: set[Any] = set()
         #: Connections that are good for one more reply only.
         self._spent: set[Any] = set()
@@ -76,7 +88,7 @@ class Guard:
     @property
     def connections(self) -> int:
         """How many connections the last sweep saw."""
-        return len(self._last_seen)
+        return len(self._known)
 
     async def sweep(self, server: web.Server) -> None:
         """Close connections that idle or dribble, for ever."""
@@ -87,33 +99,49 @@ class Guard:
             if now - last > PAUSE_SECONDS and self._on_pause is not None:
                 self._on_pause()
             last = now
-            self._sweep_once(server)
+            for number, protocol in enumerate(self._look(server), 1):
+                if protocol not in self._active:  # it may have asked for something meanwhile
+                    _abort(protocol)
+                if number % CLOSED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
 
-    def _sweep_once(self, server: web.Server) -> None:
+    def _look(self, server: web.Server) -> list[Any]:
+        """See who came and went; return those that are to be closed."""
+        # A few times a second, between the requests of others: sets, and no look at each connection.
         now = time.monotonic()
         live = dict.fromkeys(server.connections)  # in the order in which they came
-        for gone in [protocol for protocol in self._last_seen if protocol not in live]:
-            del self._last_seen[gone]
-            self._used.discard(gone)
+        for gone in self._known.difference(live):
+            self._known.discard(gone)
+            for waiting in (self._silent, self._reading, self._idle):
+                waiting.pop(gone, None)
             if self._on_lost is not None:
                 self._on_lost(gone)
-        for protocol in live:
-            self._last_seen.setdefault(protocol, now)
-        # Those that never asked for anything go first: they may have come before one that a look saw later.
-        idle = sorted(
-            (p for p in self._last_seen if p not in self._active),
-            key=lambda p: (p in self._used, self._last_seen[p]),
-        )
+        if len(live) > len(self._known):
+            for protocol in [protocol for protocol in live if protocol not in self._known]:
+                self._known.add(protocol)
+                if protocol not in self._active and protocol not in self._reading:
+                    self._silent[protocol] = now
+        # Those that never asked for anything go first: they may have come before one that a look saw later. Then
+        # those whose bodies do not come: who they are is not known before that.
+        doomed: list[Any] = []
         excess = len(live) - self.max_connections
-        for index, protocol in enumerate(idle):
-            limit = KEEP_ALIVE_SECONDS if protocol in self._used else HEAD_SECONDS
-            if index < excess or now - self._last_seen[protocol] > limit:
-                _abort(protocol)
+        for waiting, limit in (
+            (self._silent, HEAD_SECONDS),
+            (self._reading, math.inf),  # it has a limit of its own
+            (self._idle, KEEP_ALIVE_SECONDS),
+        ):
+            overdue = itertools.takewhile(partial(_older, now - limit), waiting.values())
+            count = max(sum(1 for _ in overdue), min(excess, len(waiting)))
+            doomed.extend(itertools.islice(waiting, count))
+            excess -= count
+        return doomed
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Count the connection as active while a request is being handled."""
         protocol = request.protocol
+        self._silent.pop(protocol, None)
+        self._idle.pop(protocol, None)
         self._active.add(protocol)
         try:
             response = await handler(request)
@@ -127,11 +155,17 @@ class Guard:
         finally:
             self._spent.discard(protocol)
             self._active.discard(protocol)
-            self._used.add(protocol)
-            self._last_seen[protocol] = time.monotonic()
+            self.seen(protocol)
+
+    def seen(self, protocol: Any) -> None:
+        """Note that a connection was used this moment."""
+        self._silent.pop(protocol, None)
+        self._idle.pop(protocol, None)  # the longest idle one stands first
+        self._idle[protocol] = time.monotonic()
+        self._known.add(protocol)  # it may have ended before a look saw it
 
     async def read_body(self, request: web.Request, limit: int) -> bytearray:
-        """Read the request's body.
+        """Read the request's body. Meanwhile its connection may have to make room, as an idle one has.
 
         Args:
             request: its head was read.
@@ -178,9 +212,12 @@ class Guard:
             raise refusal(web.HTTPLengthRequired())
         if size > limit:
             raise refusal(web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=size))
-        if self._bytes + size > MAX_BYTES_IN_FLIGHT and self._bytes:
+        counted = size if size > SMALL_BODY else 0
+        if counted and self._bytes and self._bytes + counted > MAX_BYTES_IN_FLIGHT:
             raise refusal(web.HTTPServiceUnavailable(headers={"Retry-After": "1"}))
-        self._bytes += size
+        self._bytes += counted
+        self._active.discard(request.protocol)
+        self._reading[request.protocol] = time.monotonic()
         try:
             async with asyncio.timeout(BODY_SECONDS) as deadline:
                 return await read(request, size, deadline)
@@ -189,22 +226,43 @@ class Guard:
         except asyncio.IncompleteReadError:
             raise refusal(web.HTTPBadRequest()) from None
         finally:
-            self._bytes -= size
+            self._bytes -= counted
+            self._reading.pop(request.protocol, None)
+            self._active.add(request.protocol)
+
+
+async def send_guarded(request: web.Request, response: web.StreamResponse, message: Sequence[Buffer]) -> bool:
+    """Send a message as the body of a prepared response, as long as the peer takes it.
+
+    Returns:
+        False when it took nothing for BODY_SECONDS, or left: the connection is closed.
+    """
+    now = asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(BODY_SECONDS) as deadline:
+            await send_body(request, response, message, lambda: deadline.reschedule(now() + BODY_SECONDS))
+    except (TimeoutError, ConnectionError):
+        _abort(request.protocol)
+        return False
+    return True
 
 
 async def _read_exactly(request: web.Request, size: int, deadline: asyncio.Timeout) -> bytearray:
-    # Into one buffer: joining chunks would hold a large body twice.
-    body = bytearray(size)
-    at = 0
+    # Into one buffer, which grows with what comes: joining chunks would hold a large body twice, and
+    # a claimed length would take memory, and the loop's time, for nothing.
+    body = bytearray()
     begun = asyncio.get_running_loop().time()
-    while at < size:
+    while len(body) < size:
         chunk = await request.content.readany()
         if not chunk:
             raise asyncio.IncompleteReadError(b"", size)
-        body[at : at + len(chunk)] = chunk
-        at += len(chunk)
-        _earn(deadline, begun, at)
+        body += chunk
+        _earn(deadline, begun, len(body))
     return body
+
+
+def _older(than: float, since: float) -> bool:
+    return since < than
 
 
 def _earn(deadline: asyncio.Timeout, begun: float, at: int) -> None:

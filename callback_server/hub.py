@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from wove.callback_server.batches import OpenBatch
+from wove.callback_server.runs import OpenRun
 from wove.callback_server.server import CallbackListener
 from wove.errors import ConfigurationError
 
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from wove.callback_server.runs import OpenRun
     from wove.callback_server.tls import ListenerTls
     from wove.frames import Frame
     from wove.shared_parts import Part
@@ -50,10 +51,28 @@ class Lease:
         self._sink = run.sink
         self._listener.open_run(run)
 
+    def open_new(self, **settings: Any) -> None:
+        """Open a run with these settings of :class:`~wove.callback_server.runs.OpenRun`."""
+        self.open_run(OpenRun(**settings))
+
+    def open_batch(self, **settings: Any) -> None:
+        """Open a batch with these settings of an ``OpenBatch``; its members are open until they are closed."""
+        if self._listener is None:
+            raise RuntimeError("the callback listener was released")
+        batch = OpenBatch(**settings)
+        self._sink = settings["sink"]
+        self._listener.open_batch(batch)
+
+    def batch_of(self, run_id: str) -> OpenBatch | None:
+        """Return the batch in which an open run travels."""
+        return self._listener.runs.batch_of(run_id) if self._listener is not None else None
+
     def renew_run(
         self, run: OpenRun, attempt: int, message: list[Buffer] | None, part: Part | None = None
     ) -> None:
         """Begin another attempt of an open run; whoever is at an earlier one is told to stop."""
+        if self._listener is not None:
+            self._listener.runs.withdraw()
         run.renew(attempt, message, part)
         if self._listener is not None:
             self._listener.wake_run(run)
@@ -67,6 +86,11 @@ class Lease:
         """Tell a run's worker to stop."""
         if self._listener is not None:
             self._listener.cancel_run(run_id)
+
+    @property
+    def withdrawn(self) -> int | None:
+        """What a payload that is made now is to say of withdrawals."""
+        return self._listener.runs.withdrawn if self._listener is not None else None
 
     def find(self, run_id: str) -> OpenRun | None:
         """Return an open run."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 HASHED_AT_ONCE = 1024 * 1024
 #: Bytes that are handed to a transport at a time.
 WRITTEN_AT_ONCE = 1024 * 1024
+#: Bytes that a peer gets its time for, of those that go out past the transport.
+SENT_AT_ONCE = 8 * 1024 * 1024
 
 
 class Intake(asyncio.BufferedProtocol):
@@ -150,8 +152,17 @@ async def take_body(
         intake.end()
 
 
-async def send_body(request: web.Request, response: web.StreamResponse, message: Sequence[Buffer]) -> None:
-    """Send a message as the body of a prepared response, without copying it."""
+async def send_body(
+    request: web.Request, response: web.StreamResponse, message: Sequence[Buffer], taken: Callable[[], None]
+) -> None:
+    """Send a message as the body of a prepared response, without copying it.
+
+    Args:
+        request: what it answers.
+        response: its head was sent.
+        message: the body.
+        taken: called each time that the peer has taken a part.
+    """
     views = [memoryview(part).cast("B") for part in message]
     transport = request.transport
     if transport is None or transport.is_closing() or not views:
@@ -161,18 +172,22 @@ async def send_body(request: web.Request, response: web.StreamResponse, message:
     views[0] = views[0][WRITTEN_AT_ONCE:]
     plain = transport.get_extra_info("sslcontext") is None
     if plain and not transport.get_write_buffer_size():
-        await _send_plain(transport, views)
+        await _send_plain(transport, views, taken)
         return
     for view in views:
         for at in range(0, len(view), WRITTEN_AT_ONCE):
             await response.write(view[at : at + WRITTEN_AT_ONCE])
+            taken()
 
 
-async def _send_plain(transport: asyncio.Transport, views: Sequence[memoryview]) -> None:
+async def _send_plain(
+    transport: asyncio.Transport, views: Sequence[memoryview], taken: Callable[[], None]
+) -> None:
     loop = asyncio.get_running_loop()
     # By another descriptor: those of transports are theirs alone.
     with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as sock:
         sock.setblocking(False)
         for view in views:
-            if view.nbytes:
-                await loop.sock_sendall(sock, view)
+            for at in range(0, len(view), SENT_AT_ONCE):
+                await loop.sock_sendall(sock, view[at : at + SENT_AT_ONCE])
+                taken()

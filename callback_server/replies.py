@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 from aiohttp import web
 
 from wove.callback_server.guard import refusal
 
+#: Tells a worker whether anything was withdrawn since a payload was made.
+WITHDRAWN = "Wove-Withdrawn"
 #: Tells a worker that a run is over, and not merely of no interest here.
 ENDED = {"Wove-Ended": "1"}
+
+
+class Answer(NamedTuple):
+    """What is answered to events that were taken, or are not wanted."""
+
+    status: int
+    headers: dict[str, str] = {}  # noqa: RUF012 - never changed
+    text: str = ""
 
 
 def reply(status: int, headers: dict[str, str] | None = None, text: str | None = None) -> web.Response:

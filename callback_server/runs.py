@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from wove.callback_server.batches import OpenBatch
     from wove.frames import Frame
     from wove.security import SecretRing
     from wove.shared_parts import Part
@@ -84,7 +87,7 @@ class OpenRun:
     """
 
     __slots__ = (
-        "_keys", "asked_at", "asks", "attempt", "cancelled", "cancelled_at", "closed", "environment", "executions", "heartbeat", "job", "lost", "max_body", "message", "nonce", "obituary",
+        "_keys", "asked_at", "asks", "attempt", "cancelled", "cancelled_at", "closed", "doubtful", "environment", "executions", "heartbeat", "job", "lost", "max_body", "message", "nonce", "obituary",
         "on_suspect", "opened_at", "part", "plain", "ring", "run_id", "sink", "task_id", "watchers", "worker",
     )  # fmt: skip
 
@@ -128,6 +131,8 @@ class OpenRun:
         self.obituary: dict[str, Any] | None = None
         #: The attempt whose worker was reported dead; that is said once.
         self.lost = 0
+        #: Whether its backend has it is not known.
+        self.doubtful = False
         #: No events are taken for it any more.
         self.closed = False
         #: When the attempt was opened, in monotonic seconds.
@@ -194,6 +199,10 @@ class OpenRun:
         """Return an event of this run that arises here, not at its worker."""
         return frames.event(kind, self.run_id, self.task_id, self.attempt, 2**31, **fields)
 
+    def reports_to(self, sink: Callable[[Iterable[Frame]], bool]) -> bool:
+        """Tell whether its events go to ``sink``."""
+        return self.sink == sink
+
     def key(self, kid: str) -> bytes | None:
         """Return the key of this run's events under the secret ``kid``; None for an unknown one."""
         key = self._keys.get(kid)
@@ -210,15 +219,37 @@ class OpenRuns:
 
     def __init__(self) -> None:
         self._runs: dict[str, OpenRun] = {}
+        #: Runs that travel in a batch; those that were asked for alone are among the runs as well.
+        self._members: dict[str, OpenBatch] = {}
+        self._lock = threading.Lock()
         self._cancelled: OrderedDict[str, None] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
+        #: Counts what makes payloads that are under way unwanted. It begins anywhere: what another process said
+        #: at this address means nothing here.
+        self.withdrawn = random.getrandbits(48)
+        self._counting = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._runs)
+        return len(self._runs) + len(self._members)
 
     def get(self, run_id: str) -> OpenRun | None:
-        """Return the open run with that id."""
+        """Return the open run, or batch, with that id."""
+        run = self._runs.get(run_id)
+        if run is None and run_id in self._members:
+            with self._lock:
+                run = self._runs.get(run_id)
+                batch = self._members.get(run_id)
+                if run is None and batch is not None:
+                    run = self._runs[run_id] = batch.member(run_id)
+        return run
+
+    def known(self, run_id: str) -> OpenRun | None:
+        """Return the open run with that id, when it was asked for alone before."""
         return self._runs.get(run_id)
+
+    def batch_of(self, run_id: str) -> OpenBatch | None:
+        """Return the batch in which an open run travels."""
+        return self._members.get(run_id)
 
     def has_ended(self, run_id: str) -> bool:
         """Tell whether a run is known to be done or cancelled, and not merely unknown."""
@@ -228,26 +259,82 @@ class OpenRuns:
         """Take events for ``run`` from now on."""
         self._runs[run.run_id] = run
 
-    def close(self, run_id: str, *, ended: bool = True) -> OpenRun | None:
+    def withdraw(self) -> None:
+        """Let workers ask before they start what was submitted until now. Callable from any thread."""
+        with self._counting:
+            self.withdrawn += 1
+
+    def add_batch(self, batch: OpenBatch) -> None:
+        """Take events for a batch and its members from now on."""
+        batch.table = self
+        self._members.update(dict.fromkeys(batch.run_ids, batch))
+        self._runs[batch.run_id] = batch
+
+    def close(self, run_id: str, *, ended: bool = True, outcome: bool = False) -> OpenRun | None:
         """Take no more events for a run; requests for it are answered 410.
 
         Args:
-            run_id: its id.
+            run_id: its id, or that of a batch, which ends all of its members.
             ended: whether it is over, and not only of no interest here any more.
+            outcome: whether that is because a worker has ended it.
         """
+        batch, run = self._take_out(run_id)
+        if not outcome and (run is not None or batch is not None):
+            self.withdraw()
+        if run is not None:
+            for member in tuple(getattr(run, "pending", ())):
+                self._shut(self._take_out(member)[1])
+                self._note_end(member, ended)
+            self._shut(run)
+        if run is not None or batch is not None:
+            self._note_end(run_id, ended)
+        if run is not None:
+            _wake(run)
+        if batch is not None:
+            batch.leave(run_id, withdrawn=not outcome)
+            if not batch.pending:
+                self.close(batch.run_id, ended=ended, outcome=outcome)
+            elif not outcome:
+                _wake(batch)
+        return run
+
+    def close_member(self, batch: OpenBatch, run_id: str) -> bool:
+        """Close a run by the word of the worker that has its batch; False when it is not open, or not there."""
+        if batch.pending.pop(run_id, None) is None:
+            return False
+        self._shut(self._take_out(run_id)[1])
+        self._note_end(run_id, ended=True)
+        if not batch.pending:
+            self.close(batch.run_id, outcome=True)
+        return True
+
+    def part(self, run_id: str) -> None:
+        """Let an open run go its way without the batch in which it travelled."""
+        with self._lock:
+            batch = self._members.pop(run_id, None)
+        if batch is not None:
+            batch.leave(run_id, withdrawn=True)
+            if not batch.pending:
+                self.close(batch.run_id, ended=False, outcome=True)  # whoever renews has said so
+
+    def _take_out(self, run_id: str) -> tuple[OpenBatch | None, OpenRun | None]:
         self._cancelled.pop(run_id, None)
-        run = self._runs.pop(run_id, None)
+        with self._lock:
+            return self._members.pop(run_id, None), self._runs.pop(run_id, None)
+
+    @staticmethod
+    def _shut(run: OpenRun | None) -> None:
         if run is not None:
             run.closed = True
             run.message = run.part = None
             run.forsake()
             run.executions.clear()
-            if ended:
-                self._ended[run_id] = None
-                if len(self._ended) > MAX_ENDED:
-                    self._ended.popitem(last=False)
-            _wake(run)
-        return run
+
+    def _note_end(self, run_id: str, ended: bool) -> None:
+        if ended:
+            self._ended[run_id] = None
+            if len(self._ended) > MAX_ENDED:
+                self._ended.popitem(last=False)
 
     def wake(self, run: OpenRun) -> None:
         """Let the beats that are held for a run look at it again."""
@@ -268,19 +355,20 @@ class OpenRuns:
         error = normalize_exception(exc, source="executor")
         error["message"] = f"the callback listener failed: {error['kind']}: {error['message']}"
         for run in list(self._runs.values()):
-            self.close(run.run_id)
             run.sink([run.event(frames.TASK_ERROR, error=error)])
+            self.close(run.run_id)
 
     def of(self, sink: Callable[[Iterable[Frame]], bool]) -> list[OpenRun]:
         """Return the open runs whose events go to ``sink``. Callable from any thread."""
-        return [run for run in list(self._runs.values()) if run.sink == sink]
+        return [run for run in list(self._runs.values()) if run.reports_to(sink)]
 
     def cancel(self, run_id: str) -> None:
         """Tell the run's worker, when it next asks or at once over its open beat, to stop."""
-        run = self._runs.get(run_id)
+        run = self.get(run_id)
         if run is None or run.cancelled:
             return
         run.cancelled = True
+        self.withdraw()
         run.cancelled_at = time.monotonic()
         run.message = run.part = None
         # Most workers acknowledge; one that died never does, and is forgotten in the end.
@@ -289,6 +377,10 @@ class OpenRuns:
             oldest, _ = self._cancelled.popitem(last=False)
             self.close(oldest)
         _wake(run)
+        batch = self._members.get(run_id)
+        if batch is not None:
+            batch.withdraw(run_id)
+            _wake(batch)
 
 
 def _wake(run: OpenRun) -> None:

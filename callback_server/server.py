@@ -17,12 +17,14 @@ from aiohttp.http import HttpProcessingError
 
 from wove.callback_server.contacts import Contacts
 from wove.callback_server.door import TlsDoor
-from wove.callback_server.guard import KEEP_ALIVE_SECONDS, Guard
+from wove.callback_server.express import Express
+from wove.callback_server.guard import Guard
 from wove.callback_server.routes import Routes
 from wove.callback_server.runs import OpenRuns
 from wove.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from wove.callback_server.batches import OpenBatch
     from wove.callback_server.runs import OpenRun
     from wove.callback_server.tls import ListenerTls
 
@@ -132,6 +134,10 @@ class CallbackListener:
         """Take events for ``run``."""
         self.runs.add(run)
 
+    def open_batch(self, batch: OpenBatch) -> None:
+        """Take events for a batch and its members."""
+        self.runs.add_batch(batch)
+
     def close_runs(self, run_ids: list[str], *, ended: bool = True) -> None:
         """Take no more events for these runs; ``ended`` tells whether they are over."""
         self._call(lambda: [self.runs.close(run_id, ended=ended) for run_id in run_ids])
@@ -178,8 +184,9 @@ class CallbackListener:
     async def _serve(self, bound: Future[int]) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        app = web.Application(middlewares=[self.guard.middleware], client_max_size=0)
         self._routes = Routes(self.runs, self.guard, self.contacts)
+        express = Express(lambda: runner.server(), self._routes.take_report, self.guard.seen)  # type: ignore[misc]
+        app = web.Application(middlewares=[express.middleware, self.guard.middleware], client_max_size=0)
         app.add_routes(self._routes.table())
         runner = web.AppRunner(
             app,
@@ -187,7 +194,8 @@ class CallbackListener:
             logger=_http_logger,
             handle_signals=False,
             handler_cancellation=True,
-            keepalive_timeout=KEEP_ALIVE_SECONDS,
+            # The guard knows of every request, aiohttp only of some.
+            keepalive_timeout=24 * 3600.0,
             lingering_time=0,
             auto_decompress=False,
             max_line_size=4096,
@@ -203,7 +211,7 @@ class CallbackListener:
             if server is None:
                 raise RuntimeError("aiohttp started no server")
             listening = await self._loop.create_server(
-                server,
+                express,
                 self.host,
                 self.port,
                 backlog=BACKLOG,
@@ -216,7 +224,7 @@ class CallbackListener:
             for accepting in self._sockets:
                 _notice_black_holes(accepting)
             if self.tls is not None:
-                door = TlsDoor(server, self.tls.context, self.guard.max_connections // 2)
+                door = TlsDoor(express, self.tls.context, self.guard.max_connections // 2)
                 door.open(self._sockets, BACKLOG)
             sweeper = asyncio.create_task(self.guard.sweep(server))
             bound.set_result(int(self._sockets[0].getsockname()[1]))
@@ -229,11 +237,14 @@ class CallbackListener:
                 door.close()
             if listening is not None:
                 listening.close()
+            connections = runner.server.connections if runner.server is not None else []
+            transports = [c.transport for c in connections if c.transport is not None]
             await runner.cleanup()
+            for transport in transports:  # those too whose peers do not take what they were sent
+                transport.abort()
             if door is not None:
-                door.abort()
-                for _ in range(3):  # what was dropped is closed in the loop's next turns
-                    await asyncio.sleep(0)
+                await door.cut_off()
+            await _turns()  # what was dropped is closed in the loop's next turns
 
     async def _accept_no_more(self) -> None:
         """Leave off accepting, and let connections that were accepted this moment get their handlers.
@@ -245,8 +256,12 @@ class CallbackListener:
         for listening in self._sockets:
             with suppress(OSError, NotImplementedError):
                 loop.remove_reader(listening.fileno())
-        for _ in range(3):
-            await asyncio.sleep(0)
+        await _turns()
+
+
+async def _turns() -> None:
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 def _notice_black_holes(listening: Any) -> None:

@@ -15,15 +15,17 @@ from urllib.parse import urlsplit
 from wove.errors import ConfigurationError, EncodeError
 from wove.security import NONCE_SIZE, SecretRing, run_key, seal_payload, webhook_token
 from wove.shared_parts import FETCH_FROM, Part, as_part, size_of
+from wove.tables import encode_small, pack_table
 from wove.wire import encode_callable, encode_value, pack_message
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from typing_extensions import Buffer
 
     from wove.frames import Frame
     from wove.shared_parts import SharedCallable
+    from wove.tables import Row
 
 VERSION = 1
 
@@ -58,6 +60,7 @@ def build_payload(
     nonce: bytes | None = None,
     expires: float | None = None,
     plain: bool = False,
+    withdrawn: int | None = None,
 ) -> BuiltPayload:
     """Encode and sign a ``run_task`` frame.
 
@@ -70,6 +73,7 @@ def build_payload(
         nonce: that of the run's earlier attempts, so that what they say can be verified as well.
         expires: seconds after which no worker takes it any more; None for never.
         plain: send the callable by name and plain data only, and ask the worker for the same.
+        withdrawn: how often, so far, the callback server has taken a run back that was submitted.
 
     Raises:
         EncodeError: the callable or an argument cannot be sent; nothing was submitted.
@@ -77,6 +81,31 @@ def build_payload(
     attachments: list[Buffer] = []
     delivery = frame.get("delivery") or {}
     nonce = nonce or secrets.token_bytes(NONCE_SIZE)
+    head = _head(frame, nonce, callback_url, max_body, expires, plain, withdrawn)
+    shared: SharedCallable | None = None if plain else frame.get("shared")
+    # Work that may outlive its submitter has to have everything with it.
+    keep = bool(delivery.get("keep"))
+    part = shared.part() if shared is not None and not keep else None
+    call = _encode_call(frame, attachments, plain, part)
+    if keep or size_of(attachments) < FETCH_FROM:
+        message = pack_message({**head, **call}, attachments)
+        return BuiltPayload(seal_payload(ring, environment, message), nonce, None, part)
+    large = as_part(pack_message(call, attachments))
+    message = pack_message({**head, "fetch": large.claim}, [])
+    return BuiltPayload(seal_payload(ring, environment, message), nonce, large.message, part)
+
+
+def _head(
+    frame: Frame,
+    nonce: bytes,
+    callback_url: str,
+    max_body: int | None,
+    expires: float | None,
+    plain: bool,
+    withdrawn: int | None,
+) -> dict[str, Any]:
+    """Return what a payload says of its run beside the call itself."""
+    delivery = frame.get("delivery") or {}
     head = {
         "v": VERSION,
         "run_id": frame["run_id"],
@@ -93,21 +122,83 @@ def build_payload(
         "max_body": max_body,
         "expires": expires,
         "plain": plain,
+        # There may be a copy of it: however young it is, its worker asks before it starts.
+        "ask": is_repeated(frame),
     }
+    if withdrawn is not None:
+        head["withdrawn"] = withdrawn
     if delivery.get("key") is not None:
         # By which backends that can do so let runs of other processes share the job.
         head["key"] = delivery["key"]
-    shared: SharedCallable | None = None if plain else frame.get("shared")
-    # Work that may outlive its submitter has to have everything with it.
-    keep = bool(delivery.get("keep"))
-    part = shared.part() if shared is not None and not keep else None
-    call = _encode_call(frame, attachments, plain, part)
-    if keep or size_of(attachments) < FETCH_FROM:
-        message = pack_message({**head, **call}, attachments)
-        return BuiltPayload(seal_payload(ring, environment, message), nonce, None, part)
-    large = as_part(pack_message(call, attachments))
-    message = pack_message({**head, "fetch": large.claim}, [])
-    return BuiltPayload(seal_payload(ring, environment, message), nonce, large.message, part)
+    return head
+
+
+def encode_row(frame: Frame, *, plain: bool) -> Row | None:
+    """Encode the arguments of a run that may travel with others.
+
+    Returns:
+        Its row in the table of a batch; None for a run that has to travel alone: its arguments are
+        large, or cannot be sent, or are no plain data where that is asked for.
+    """
+    found = encode_small([list(frame.get("positional", ())), frame["args"]])
+    if found is None or (plain and found[0] == "pickle"):
+        return None
+    return frame["run_id"], *found
+
+
+def build_batch(
+    frame: Frame,
+    rows: Sequence[Row],
+    *,
+    environment: str,
+    ring: SecretRing,
+    callback_url: str,
+    max_body: int | None = None,
+    expires: float | None = None,
+    plain: bool = False,
+    withdrawn: int | None = None,
+) -> BuiltPayload:
+    """Sign several runs of one callable together.
+
+    Args:
+        frame: stands for all of them: its ``run_id`` is the batch's, its ``callable`` and ``delivery`` are theirs.
+        rows: one for each, of :func:`encode_row`.
+        environment: the environment's name.
+        ring: its primary secret signs.
+        callback_url: where workers report to.
+        max_body: the largest request with outcomes, in bytes, that will be taken there.
+        expires: seconds after which no worker takes them any more; None for never.
+        plain: send the callable by name, and ask the worker for plain data.
+        withdrawn: as for :func:`build_payload`.
+
+    Raises:
+        EncodeError: the callable cannot be sent, or is too large to travel with the calls.
+    """
+    attachments: list[Buffer] = [pack_table(rows)]
+    nonce = secrets.token_bytes(NONCE_SIZE)
+    head = _head(frame, nonce, callback_url, max_body, expires, plain, withdrawn)
+    call, part = _encode_shared(frame, attachments, plain)
+    if size_of(attachments) >= FETCH_FROM:
+        raise EncodeError("a batch that does not fit into one message")
+    message = pack_message({**head, **call, "batch": len(rows)}, attachments)
+    return BuiltPayload(seal_payload(ring, environment, message), nonce, None, part)
+
+
+def _encode_shared(
+    frame: Frame, attachments: list[Buffer], plain: bool
+) -> tuple[dict[str, Any], Part | None]:
+    """Encode the callable of a batch."""
+    if plain:
+        from wove.no_pickle import plain_reference
+
+        return {"callable": plain_reference(frame["callable"], 'executor_config["pickle"] is False')}, None
+    shared: SharedCallable | None = frame.get("shared")
+    if shared is None:
+        return {"callable": encode_callable(frame["callable"], attachments)}, None
+    part = shared.part()
+    if part is not None:
+        return {"part": part.claim}, part
+    return {"callable": shared.describe(attachments)}, None
 
 
 def _encode_call(
@@ -161,6 +252,8 @@ def summarize_call(frame: Frame) -> str:
 
     Values may be secrets, and may be large.
     """
+    if "runs" in frame:
+        return f"[{frame['runs']} runs]"
     parts = [f"<{type(value).__name__}>" for value in frame.get("positional", ())]
     parts += [f"{name}=<{type(value).__name__}>" for name, value in frame["args"].items()]
     return f"({', '.join(parts)})"[:300]
@@ -174,6 +267,11 @@ def job_id(frame: Frame) -> str:
     """
     attempt = (frame.get("delivery") or {}).get("attempt", 1)
     return str(frame["run_id"]) if attempt == 1 else f"{frame['run_id']}-{attempt}"
+
+
+def is_repeated(frame: Frame) -> bool:
+    """Tell whether this very attempt was submitted before, and the backend may have it."""
+    return bool((frame.get("delivery") or {}).get("repeated"))
 
 
 def shared_name(environment: str, queue: str, key: str) -> str:

@@ -21,6 +21,7 @@ def run_frame(
     positional: Sequence[Any],
     keywords: Mapping[str, Any],
     key: str | None = None,
+    said: dict[str, Any] | None = None,
     shared: SharedCallable | None = None,
 ) -> Frame:
     """Return the ``run_task`` frame of a run's first attempt.
@@ -31,6 +32,7 @@ def run_frame(
         positional: with what.
         keywords: with what by name.
         key: its idempotency key.
+        said: what is said of its delivery, shared by all runs that are alike; see :func:`delivery`.
         shared: ``func`` as all the runs of a ``map`` share it.
     """
     frame: Frame = {
@@ -39,25 +41,34 @@ def run_frame(
         "task_id": run.task_id,
         "callable": func,
         "args": dict(keywords),
-        "delivery": _delivery(run.policy, run.attempt),
+        "delivery": _delivery_of(run) if said is None else said,
     }
     if positional:
         frame["positional"] = tuple(positional)
     if key is not None:
-        frame["delivery"]["key"] = key
+        frame["delivery"] = {**frame["delivery"], "key": key}
     if shared is not None:
         frame["shared"] = shared
     return frame
 
 
-def again_frame(frame: Frame, policy: DeliveryPolicy, attempt: int, *, attended: bool = True) -> Frame:
-    """Return the frame of another attempt; ``attended`` tells whether anybody waits for it."""
-    delivery = _delivery(policy, attempt)
-    if not attended:
-        delivery["attended"] = False
+def again_frame(frame: Frame, run: Run) -> Frame:
+    """Return the frame by which a run is submitted again: of another attempt, or of the same once more."""
+    said = _delivery_of(run)
+    if run.attempt == frame["delivery"]["attempt"]:
+        said["repeated"] = True
+    return _in_place_of(frame, said)
+
+
+def orphan_frame(frame: Frame, run: Run) -> Frame:
+    """Return the frame of another attempt that nobody waits for."""
+    return _in_place_of(frame, {**_delivery_of(run), "attempt": run.attempt + 1, "attended": False})
+
+
+def _in_place_of(frame: Frame, said: dict[str, Any]) -> Frame:
     if "key" in frame["delivery"]:
-        delivery["key"] = frame["delivery"]["key"]
-    return {**frame, "delivery": delivery}
+        said["key"] = frame["delivery"]["key"]
+    return {**frame, "delivery": said}
 
 
 def cancel_frame(run: Run) -> Frame:
@@ -66,19 +77,34 @@ def cancel_frame(run: Run) -> Frame:
         "type": frames.CANCEL_TASK,
         "run_id": run.run_id,
         "task_id": run.task_id,
-        "delivery": _delivery(run.policy, run.attempt),
+        "delivery": _delivery_of(run),
     }
 
 
-def _delivery(policy: DeliveryPolicy, attempt: int) -> dict[str, Any]:
+def delivery(
+    policy: DeliveryPolicy, attempt: int, repeats: int = 0, *, mapped: bool = False
+) -> dict[str, Any]:
+    """Return what a frame says of its delivery.
+
+    Args:
+        policy: the run's settings.
+        attempt: which attempt it is.
+        repeats: how often it was submitted again.
+        mapped: whether it is one of the many runs of a ``map``.
+    """
     return {
         "attempt": attempt,
         # Whether a failed delivery of this attempt is followed by another one.
-        "again": attempt <= policy.retries,
+        "again": repeats < policy.retries,
         "timeout": policy.timeout,
         "start_timeout": policy.start_timeout,
         # Work that is to run on when its submitter has gone.
         "keep": policy.keeps_work,
         "heartbeat_seconds": policy.heartbeat_seconds,
         "cancel_mode": policy.cancel_mode,
+        "mapped": mapped,
     }
+
+
+def _delivery_of(run: Run) -> dict[str, Any]:
+    return delivery(run.policy, run.attempt, run.repeats)

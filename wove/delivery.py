@@ -16,6 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wove import frames
@@ -40,6 +41,9 @@ WHY_SILENT = (
 )
 
 
+_NOBODY: Mapping[str, Any] = MappingProxyType({})
+
+
 class RunState(StrEnum):
     """Where an open run is."""
 
@@ -60,6 +64,10 @@ class Run:
     opened_at: float
     state: RunState = RunState.QUEUED
     attempt: int = 1
+    #: How often it was submitted again: each new attempt is one, and each time that the backend's answer was lost.
+    repeats: int = 0
+    #: Whether the backend may have the current attempt, and may not: it is to be submitted once more.
+    doubtful: bool = False
     #: When the current attempt was decided on.
     attempt_at: float = 0.0
     submitted_at: float | None = None
@@ -68,14 +76,14 @@ class Run:
     ever_started: bool = False
     last_seen: float | None = None
     cancel_by: float | None = None
-    worker: Mapping[str, Any] = field(default_factory=dict)
+    worker: Mapping[str, Any] = field(default_factory=lambda: _NOBODY)
     #: How earlier attempts ended: ``attempt``, ``reason``, ``host``, ``pid``, ``seconds``.
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] | tuple[()] = ()
     #: Per execution, the number of its last event.
-    seqs: dict[str, int] = field(default_factory=dict)
+    seqs: Mapping[str, int] = field(default_factory=lambda: _NOBODY)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """How a run ended: exactly one per run.
 
@@ -154,23 +162,29 @@ class RunTable:
             return
         if run.attempt == attempt and run.submitted_at is None:
             run.submitted_at = self._clock()
+            run.doubtful = False
             if run.state is RunState.QUEUED:
                 run.state = RunState.SUBMITTED
 
     def resubmit(self, run_id: str) -> Run | None:
-        """A lost run is submitted again now: its next attempt begins.
+        """A lost run is submitted again now: its next attempt begins; of a doubtful one the same again.
 
         Returns:
-            The run; None when it has ended, or is being cancelled.
+            The run; None when it has ended, is being cancelled, or has been heard of.
         """
         run = self._open.get(run_id)
-        if run is None or run.state is not RunState.LOST:
+        if run is None:
             return None
-        run.state = RunState.QUEUED
-        run.submitted_at = None
-        run.attempt += 1
-        run.attempt_at = self._clock()
-        self._watch(run)
+        if run.state is RunState.LOST:
+            run.state = RunState.QUEUED
+            run.submitted_at = None
+            run.attempt += 1
+            run.attempt_at = self._clock()
+            self._watch(run)
+        elif not run.doubtful or run.state is not RunState.QUEUED:
+            return None
+        run.doubtful = False
+        run.repeats += 1
         return run
 
     def fail(self, run_id: str, exception: BaseException, *, cancel_work: bool = False) -> Outcome | None:
@@ -178,20 +192,32 @@ class RunTable:
         return self._close(run_id, "error", exception=exception, cancel_work=cancel_work)
 
     def refuse(
-        self, run_id: str, exception: BaseException, attempt: int = 1, *, final: bool = False
+        self,
+        run_id: str,
+        exception: BaseException,
+        attempt: int = 1,
+        *,
+        final: bool = False,
+        doubtful: bool = False,
     ) -> Outcome | Resubmission | None:
         """The backend did not accept that attempt of the run.
 
         It may be submitted again, unless that is ``final``: what cannot be sent will not be
         sent the next time. A worker's word counts for more than a lost answer of the backend:
-        a run that has started was accepted.
+        a run that has started was accepted. Where it is ``doubtful`` whether the backend has it,
+        the same attempt is to be submitted once more: a worker may be about to take the first.
         """
         run = self._open.get(run_id)
         if run is None or run.attempt != attempt or run.state is RunState.LOST or run.started_at is not None:
             return None
         if final:
             return self._close(run_id, "error", exception=exception)
-        return self._lose(run, safe_text(exception, 500), lambda: exception, cancel_work=False)
+        reason = safe_text(exception, 500)
+        if doubtful and self._may_repeat(run):
+            self._remember(run, reason)
+            run.doubtful = True
+            return Resubmission(run, reason)
+        return self._lose(run, reason, lambda: exception, cancel_work=False)
 
     def cancel(self, run_id: str) -> Outcome | None:
         """The waiter has gone.
@@ -223,6 +249,12 @@ class RunTable:
             Malformed and unknown events, and those of closed runs and earlier attempts,
             are counted in :attr:`dropped` and change nothing.
         """
+        if frames.is_whole_result(frame):
+            # By far the most frequent: whatever else was known of the run does not matter any more.
+            run = self._open.get(frame["run_id"])
+            if run is not None:
+                run.attempt = max(run.attempt, frame["attempt"])
+                return Applied(True, self._close(run.run_id, "result", value=frame["result"]))
         try:
             known = frames.check_event(frame)
         except ProtocolError:
@@ -256,7 +288,7 @@ class RunTable:
             self.dropped["duplicate"] += 1
             return True
         if execution in run.seqs or len(run.seqs) < MAX_EXECUTIONS:
-            run.seqs[execution] = frame["seq"]
+            run.seqs = {**run.seqs, execution: frame["seq"]}
         return False
 
     def _taken(self, run: Run, frame: Mapping[str, Any]) -> Applied:
@@ -323,7 +355,7 @@ class RunTable:
     ) -> Outcome | Resubmission | None:
         """The current attempt came to nothing: try again, or end the run."""
         self._remember(run, reason)
-        if run.attempt > run.policy.retries or run.state is RunState.CANCELLING:
+        if not self._may_repeat(run):
             exception = error()
             add_history(exception, run)
             return self._close(run.run_id, "error", exception=exception, cancel_work=cancel_work)
@@ -331,6 +363,9 @@ class RunTable:
         run.submitted_at = run.started_at = run.last_seen = None
         run.worker = {}
         return Resubmission(run, reason)
+
+    def _may_repeat(self, run: Run) -> bool:
+        return run.repeats < run.policy.retries and run.state is not RunState.CANCELLING
 
     def _remember(self, run: Run, reason: str) -> None:
         since = run.started_at if run.started_at is not None else run.attempt_at
@@ -340,9 +375,10 @@ class RunTable:
             "seconds": round(max(0.0, self._clock() - since), 3),
         }
         entry.update({key: run.worker[key] for key in ("host", "pid") if key in run.worker})
-        if len(run.history) >= MAX_HISTORY:
-            del run.history[1]
-        run.history.append(entry)
+        history = [*run.history, entry]
+        if len(history) > MAX_HISTORY:
+            del history[1]
+        run.history = history
 
     def _lost_error(self, run: Run, word: str, error: Mapping[str, Any] | None = None) -> Exception:
         return lost_error(self._environment, run, word, self._clock(), error)

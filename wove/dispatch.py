@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import secrets
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from wove import frames
 from wove.alarm import Alarm
-from wove.commands import again_frame, cancel_frame, run_frame
+from wove.commands import again_frame, cancel_frame, delivery, orphan_frame, run_frame
 from wove.delivery import WHY_SILENT, Outcome, Resubmission, RunState, RunTable
 from wove.errors import (
     ConfigurationError,
@@ -24,9 +24,10 @@ from wove.errors import (
     safe_text,
 )
 from wove.policy import DeliveryPolicy
+from wove.run_ids import new_run_id
 from wove.shared_parts import SharedCallable
 from wove.sharing import SharedCalls, sharing_key
-from wove.waiter import Waiter
+from wove.waiter import Call, Waiter
 from wove.wire import callable_name
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ EVENTS_PER_TURN = 200
 #: Seconds before a run is submitted again: grows with each attempt up to the second.
 AGAIN_AFTER = 0.1
 AGAIN_AT_MOST = 10.0
+#: Different delivery settings that are remembered.
+MAX_DELIVERIES = 256
 #: Which dispatcher an executor serves, by its id: one executor cannot serve two.
 _serving: WeakValueDictionary[int, Dispatcher] = WeakValueDictionary()
 
@@ -91,11 +94,26 @@ class Dispatcher:
         self._stop_task: asyncio.Task[None] | None = None
         self._taken = 0
         self._silence: asyncio.TimerHandle | None = None
+        self._deliveries: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._last_policy: tuple[DeliveryPolicy | None, bool, dict[str, Any]] = (None, False, {})
 
     @property
     def policy(self) -> DeliveryPolicy:
         """The delivery settings of a run that sets none of its own."""
         return self._policy
+
+    def policy_for(self, settings: Mapping[str, Any] | None) -> DeliveryPolicy:
+        """Return the delivery settings of a run.
+
+        Raises:
+            ConfigurationError: a setting that an environment's definition alone can have.
+        """
+        policy = self._resolve(settings) if settings else self._policy
+        if policy.max_in_flight != self._policy.max_in_flight:
+            raise ConfigurationError(
+                "delivery_max_in_flight belongs to an environment's definition: it bounds all its runs together"
+            )
+        return policy
 
     def _resolve(self, overrides: Mapping[str, Any] | None) -> DeliveryPolicy:
         policy = DeliveryPolicy.resolve(
@@ -194,7 +212,7 @@ class Dispatcher:
         """Put started work back on the queue; nobody waits for it."""
         await self._send_cancel(run)
         try:
-            await self.executor.send(again_frame(frame, run.policy, run.attempt + 1, attended=False))
+            await self.executor.send(orphan_frame(frame, run))
         except Exception:
             logger.warning("environment %r: requeueing run %s failed", self.name, run.run_id, exc_info=True)
 
@@ -244,11 +262,7 @@ class Dispatcher:
             DeliveryTimeoutError: a delivery deadline passed.
             EncodeError: an argument cannot be sent; nothing was submitted.
         """
-        policy = self._resolve(settings) if settings else self._policy
-        if policy.max_in_flight != self._policy.max_in_flight:
-            raise ConfigurationError(
-                "delivery_max_in_flight belongs to an environment's definition: it bounds all its runs together"
-            )
+        policy = self.policy_for(settings)
         if not callable(func):
             raise TypeError(f"run() takes a callable, not {type(func).__name__}")
         if task_id is not None and (not isinstance(task_id, str) or len(task_id) > MAX_TASK_ID):
@@ -289,15 +303,9 @@ class Dispatcher:
             raise WoveError(
                 f"environment {self.name!r} was started in another event loop: start the runtime in the loop that uses it"
             )
-        run = self.table.open(secrets.token_hex(16), task_id or callable_name(func), policy)
-        frame = run_frame(run, func, positional, keywords, key, shared)
-        waiter = Waiter(self._loop.create_future(), on_progress)
-        if policy.sends_again:
-            waiter.frame = frame
-        self._waiters[run.run_id] = waiter
-        self._alarm.set()
-        # A task of its own: deadlines hold while `send` hangs.
-        waiter.sending = self._spawn(self._submit(run, frame), "wove-submit")
+        run, waiter = self._begin(
+            func, positional, keywords, task_id, policy, on_progress, key, shared=shared
+        )
         try:
             return await waiter.future
         except asyncio.CancelledError as exc:
@@ -307,6 +315,100 @@ class Dispatcher:
             raise
         finally:
             self._waiters.pop(run.run_id, None)
+
+    def begins(self, policy: DeliveryPolicy) -> bool:
+        """Tell whether :meth:`begin` can be used for calls with those settings."""
+        return (
+            self.executor.post is not None
+            and self._slots is None
+            and policy.idempotency_key is None
+            and policy.cancel_mode == "best_effort"
+            and not policy.keeps_work
+        )
+
+    def begin(
+        self,
+        func: Callable[..., Any],
+        item: Any,
+        policy: DeliveryPolicy,
+        on_progress: OnProgress | None,
+        task_id: str,
+        shared: SharedCallable | None,
+    ) -> Call:
+        """Begin one of many calls of ``func``: what :meth:`call` does, without a task of its own.
+
+        Returns:
+            What gets the result; cancelling it cancels the run.
+        """
+        run_id = new_run_id()
+        call = Call(partial(self._call_cancelled, run_id))
+        try:
+            self._check_usable()
+            self._begin(
+                func,
+                (item,),
+                {},
+                task_id,
+                policy,
+                on_progress,
+                None,
+                mapped=True,
+                run_id=run_id,
+                future=call,
+                shared=shared,
+            )
+        except Exception as exc:
+            if not call.done():
+                call.set_exception(exc)
+        return call
+
+    def _call_cancelled(self, run_id: str) -> None:
+        self._waiters.pop(run_id, None)
+        self._follow(self.table.cancel(run_id))
+
+    def _begin(
+        self,
+        func: Callable[..., Any],
+        positional: Sequence[Any],
+        keywords: Mapping[str, Any],
+        task_id: str | None,
+        policy: DeliveryPolicy,
+        on_progress: OnProgress | None,
+        key: str | None,
+        *,
+        mapped: bool = False,
+        run_id: str | None = None,
+        future: Call | None = None,
+        shared: SharedCallable | None = None,
+    ) -> tuple[Run, Waiter]:
+        run = self.table.open(run_id or new_run_id(), task_id or callable_name(func), policy)
+        frame = run_frame(run, func, positional, keywords, key, self._delivery(policy, mapped=mapped), shared)
+        waiter = Waiter(self._loop.create_future() if future is None else future, on_progress)
+        if policy.sends_again:
+            waiter.frame = frame
+        self._waiters[run.run_id] = waiter
+        self._alarm.set()
+        if self.executor.post is None or policy.keeps_work:
+            # A task of its own: deadlines hold while `send` hangs.
+            waiter.sending = self._spawn(self._submit(run, frame), "wove-submit")
+            return run, waiter
+        try:
+            self.executor.post(frame, partial(self._accepted, run, run.attempt))
+        except Exception as exc:
+            self._accepted(run, run.attempt, exc)
+        return run, waiter
+
+    def _delivery(self, policy: DeliveryPolicy, *, mapped: bool) -> dict[str, Any]:
+        """Return what a first attempt's frame says of its delivery: one mapping for all that are alike."""
+        if policy is self._last_policy[0] and mapped is self._last_policy[1]:
+            return self._last_policy[2]
+        said = delivery(policy, 1, mapped=mapped)
+        alike = tuple(said.values())
+        said = self._deliveries.setdefault(alike, said)
+        if len(self._deliveries) > MAX_DELIVERIES:
+            self._deliveries.clear()
+        self._last_policy = (policy, mapped, said)
+        return said
 
     def _check_usable(self) -> None:
         if self._stopping:
@@ -333,12 +435,20 @@ class Dispatcher:
             error.__cause__ = exc
             self._follow(self.table.refuse(run.run_id, error, attempt, final=True))
         except Exception as exc:
-            final = not isinstance(exc, SubmitError)
-            self._follow(self.table.refuse(run.run_id, exc, attempt, final=final))
+            self._accepted(run, attempt, exc)
         else:
+            self._accepted(run, attempt, None)
+
+    def _accepted(self, run: Run, attempt: int, refusal: BaseException | None) -> None:
+        """The executor has taken that attempt of a run, or refused it."""
+        if refusal is None:
             self.table.submitted(run.run_id, attempt)
             if self._silence is None:
                 self._silence = self._loop.call_later(SILENCE_SECONDS, self._warn_of_silence)
+            return
+        final = not isinstance(refusal, SubmitError)
+        doubtful = self.executor.recognises_repeats and getattr(refusal, "maybe_accepted", False)
+        self._follow(self.table.refuse(run.run_id, refusal, attempt, final=final, doubtful=doubtful))
 
     def _warn_of_silence(self) -> None:
         """Say once, where nothing has ever come back, what that may mean."""
@@ -396,18 +506,21 @@ class Dispatcher:
 
     async def _receive(self) -> None:
         try:
-            count = 0
             while True:
-                self._take(await self.executor.recv())
-                count += 1
-                if count % EVENTS_PER_TURN == 0:
-                    await asyncio.sleep(0)
+                await self._take_all(await self.executor.recv_many())
         except asyncio.CancelledError as exc:
             if _asked_to_stop():
                 raise
             self._break(exc)
         except Exception as exc:
             self._break(exc)
+
+    async def _take_all(self, events: list[Frame]) -> None:
+        # By itself, so that the last of them is not held until the next one comes.
+        for frame in events:
+            self._take(frame)
+            if self._taken % EVENTS_PER_TURN == 0:
+                await asyncio.sleep(0)
 
     def _break(self, exc: BaseException) -> None:
         """Nothing comes back any more: end every run, and refuse new ones."""
@@ -455,6 +568,8 @@ class Dispatcher:
                 waiter.unacknowledged = text
         if waiter is not None:
             waiter.settle(outcome)
+            if type(waiter.future) is Call:
+                del self._waiters[run.run_id]  # nobody else will
 
     def _send_again(self, again: Resubmission) -> None:
         run = again.run
@@ -462,10 +577,11 @@ class Dispatcher:
         if waiter is None or waiter.frame is None:
             return  # its caller is gone
         logger.warning(
-            "environment %r: attempt %d of run %s (%s) was lost and is submitted again: %s",
-            self.name, run.attempt, run.run_id, run.task_id, again.reason,
+            "environment %r: attempt %d of run %s (%s) %s and is submitted again: %s",
+            self.name, run.attempt, run.run_id, run.task_id,
+            "may not have been accepted" if run.doubtful else "was lost", again.reason,
         )  # fmt: skip
-        pause = min(AGAIN_AT_MOST, AGAIN_AFTER * 2**run.attempt) * random.uniform(0.5, 1.0)  # noqa: S311
+        pause = min(AGAIN_AT_MOST, AGAIN_AFTER * 2 ** (run.repeats + 1)) * random.uniform(0.5, 1.0)  # noqa: S311
         waiter.sending = self._spawn(self._submit_again(run, waiter.frame, pause), "wove-resubmit")
         self._alarm.set()
 
@@ -474,7 +590,7 @@ class Dispatcher:
         if self.table.resubmit(run.run_id) is None:
             return
         self._alarm.set()
-        await self._submit(run, again_frame(frame, run.policy, run.attempt))
+        await self._submit(run, again_frame(frame, run))
 
     def _expire(self) -> None:
         for step in self.table.expire():

@@ -42,11 +42,17 @@ class PayloadRejectedError(WoveError):
 
 
 class SubmitError(WoveError):
-    """The backend did not accept a run; ``maybe_accepted`` says whether it is certain."""
+    """The backend did not accept a run.
 
-    def __init__(self, message: str, *, maybe_accepted: bool = False) -> None:
+    Attributes:
+        maybe_accepted: it may have: the answer was lost.
+        submission: then, what an adapter's ``submit`` would have returned, where that is known.
+    """
+
+    def __init__(self, message: str, *, maybe_accepted: bool = False, submission: Any = None) -> None:
         super().__init__(message)
         self.maybe_accepted = maybe_accepted
+        self.submission = submission
 
 
 class DeliveryTimeoutError(WoveError, TimeoutError):

@@ -35,6 +35,8 @@ HEARTBEAT = "heartbeat"
 PROGRESS = "progress"
 LOG = "log"
 TASK_RETRY = "task_retry"
+#: Within the executor: a worker has not begun the run, and gives it back to be submitted again.
+TASK_RETURNED = "task_returned"
 TASK_RESULT = "task_result"
 TASK_ERROR = "task_error"
 TASK_CANCELLED = "task_cancelled"
@@ -81,6 +83,15 @@ def check_event(frame: Any) -> bool:
         return False
     _check_fields(kind, frame)
     return True
+
+
+def is_whole_result(frame: Any) -> bool:
+    """Tell whether this is a ``task_result`` with all that it needs; its run need not be known."""
+    if type(frame) is not dict or frame.get("type") != TASK_RESULT or "result" not in frame:
+        return False
+    attempt, seq = frame.get("attempt"), frame.get("seq")
+    whole = type(attempt) is int and type(seq) is int and 0 < attempt < 2**53 and 0 < seq < 2**53
+    return whole and type(frame.get("run_id")) is str
 
 
 def _check_whole(frame: Mapping[str, Any], key: str) -> None:

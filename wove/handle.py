@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
@@ -10,7 +11,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
     Iterable,
     Mapping,
 )
@@ -19,11 +19,15 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 from wove.errors import ConfigurationError
 from wove.policy import DeliveryPolicy
+from wove.waiter import Call
+from wove.wire import callable_name
 
 if TYPE_CHECKING:
     from wove.dispatch import Dispatcher
     from wove.shared_parts import SharedCallable
     from wove.waiter import OnProgress
+
+    _Future = asyncio.Future[Any] | Call
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,6 +35,9 @@ Item = TypeVar("Item")
 
 #: Runs that ``map`` keeps in flight unless ``delivery_max_in_flight`` or ``in_flight`` says otherwise.
 MAP_IN_FLIGHT = 128
+#: Up to how many that grows while runs are short, and within how many seconds so many have to end.
+MAX_MAP_IN_FLIGHT = 1024
+MOMENT_SECONDS = 0.1
 
 
 class EnvironmentHandle:
@@ -146,7 +153,8 @@ class EnvironmentHandle:
             ordered: results in the order of the items; False: as they are ready.
             return_exceptions: yield exceptions like results. Otherwise the first one is
                 raised and cancels the runs that are open.
-            in_flight: runs open at once; default ``delivery_max_in_flight`` or 128.
+            in_flight: runs open at once; default ``delivery_max_in_flight``, or from 128 up to 1024: as many as
+                end within a moment.
 
         A ``func`` that does not go by name, such as ``partial(score, model=weights)``, is encoded at the first
         run, and a large one sent once to each worker process: later changes to what it holds do not
@@ -155,8 +163,8 @@ class EnvironmentHandle:
         Leaving the loop early cancels the open runs (at once when the iterator is closed
         with ``aclose()``, or by ``contextlib.aclosing``).
         """
-        limit = in_flight if in_flight is not None else self._dispatcher.policy.max_in_flight or MAP_IN_FLIGHT
-        if type(limit) is not int or limit < 1:
+        limit = in_flight if in_flight is not None else self._dispatcher.policy.max_in_flight
+        if limit is not None and (type(limit) is not int or limit < 1):
             raise ConfigurationError(f"map(): in_flight is a whole number from 1; got {in_flight!r}")
         return self._map(func, items, ordered, return_exceptions, limit)
 
@@ -166,11 +174,10 @@ class EnvironmentHandle:
         items: Iterable[Any] | AsyncIterable[Any],
         ordered: bool,
         return_exceptions: bool,
-        limit: int,
+        limit: int | None,
     ) -> AsyncIterator[Any]:
         window = _Window(limit, ordered=ordered, raise_errors=not return_exceptions)
-        shared = self._dispatcher.share(func)
-        window.feed(items, lambda item: self._run(func, (item,), {}, shared))
+        window.feed(items, self._beginner(func))
         try:
             while ready := await window.ready():
                 for task in ready:
@@ -178,41 +185,67 @@ class EnvironmentHandle:
         finally:
             await window.abandon()
 
+    def _beginner(self, func: Callable[[Any], Any]) -> Callable[[Any], Awaitable[Any] | Call]:
+        """Return what begins the call of ``func`` with an item."""
+        dispatcher, on_progress = self._dispatcher, self._on_progress
+        if not callable(func):
+            raise TypeError(f"map() takes a callable, not {type(func).__name__}")
+        policy = dispatcher.policy_for(self._settings or None)
+        shared = dispatcher.share(func)
+        if dispatcher.begins(policy):
+            name = callable_name(func)
+            return lambda item: dispatcher.begin(func, item, policy, on_progress, name, shared)
+        return lambda item: self._run(func, (item,), {}, shared)
+
 
 class _Window:
     """The runs of a ``map`` that were begun and whose results were not handed out yet."""
 
-    def __init__(self, limit: int, *, ordered: bool, raise_errors: bool) -> None:
-        self._limit = limit
+    def __init__(self, limit: int | None, *, ordered: bool, raise_errors: bool) -> None:
+        self._limit = MAP_IN_FLIGHT if limit is None else limit
+        self._widens = limit is None
+        self._ended = 0
+        self._counted_at = time.monotonic()
         self._ordered = ordered
         self._raise_errors = raise_errors
-        self._begun: dict[asyncio.Future[Any], None] = {}
-        self._done: deque[asyncio.Future[Any]] = deque()
-        self._failed: asyncio.Future[Any] | None = None
+        self._begun: dict[_Future, None] = {}
+        self._done: deque[_Future] = deque()
+        self._failed: _Future | None = None
         self._feeder: asyncio.Future[Any] | None = None
         self._change = asyncio.Event()
         self._room = asyncio.Event()
 
     def feed(
-        self, items: Iterable[Any] | AsyncIterable[Any], begin: Callable[[Any], Coroutine[Any, Any, Any]]
+        self, items: Iterable[Any] | AsyncIterable[Any], begin: Callable[[Any], Awaitable[Any] | Call]
     ) -> None:
         """Begin a run for each item, as fast as there is room."""
         self._feeder = asyncio.ensure_future(self._feed(items, begin))
         self._feeder.add_done_callback(lambda _: self._change.set())
 
     async def _feed(
-        self, items: Iterable[Any] | AsyncIterable[Any], begin: Callable[[Any], Coroutine[Any, Any, Any]]
+        self, items: Iterable[Any] | AsyncIterable[Any], begin: Callable[[Any], Awaitable[Any] | Call]
     ) -> None:
         async with aclosing(_source(items)) as source:
             async for item in source:
-                task = asyncio.ensure_future(begin(item))
+                begun = begin(item)
+                task = begun if isinstance(begun, Call) else asyncio.ensure_future(begun)
                 self._begun[task] = None
                 task.add_done_callback(self._finished)
                 while len(self._begun) >= self._limit:
+                    self._widen()
                     self._room.clear()
                     await self._room.wait()
 
-    def _finished(self, task: asyncio.Future[Any]) -> None:
+    def _widen(self) -> None:
+        """Let as many runs be open as end within a moment: then no worker waits for the next ones."""
+        now = time.monotonic()
+        if self._widens and now - self._counted_at > MOMENT_SECONDS:
+            in_a_moment = int(self._ended * MOMENT_SECONDS / (now - self._counted_at))
+            self._limit = min(MAX_MAP_IN_FLIGHT, max(MAP_IN_FLIGHT, in_a_moment))
+            self._ended, self._counted_at = 0, now
+
+    def _finished(self, task: _Future) -> None:
+        self._ended += 1
         # Fetching the exception also keeps asyncio from reporting it as forgotten.
         failed = task.cancelled() or task.exception() is not None
         if failed and self._raise_errors and self._failed is None:
@@ -221,7 +254,7 @@ class _Window:
             self._done.append(task)
         self._change.set()
 
-    async def ready(self) -> list[asyncio.Future[Any]]:
+    async def ready(self) -> list[_Future]:
         """Wait for the next results and take them out; nothing is left when none come.
 
         An error that is to be raised is handed out at once, ahead of earlier items.
@@ -240,7 +273,7 @@ class _Window:
                     return []
             await self._change.wait()
 
-    def _take_done(self) -> list[asyncio.Future[Any]]:
+    def _take_done(self) -> list[_Future]:
         ready = []
         if self._ordered:
             for task in self._begun:
@@ -256,20 +289,22 @@ class _Window:
 
     async def abandon(self) -> None:
         """Cancel what is open and wait until that has been passed on."""
-        running = [task for task in self._begun if not task.done()]
+        running: list[_Future] = [task for task in self._begun if not task.done()]
         if self._feeder is not None:
             running.append(self._feeder)
         for task in running:
             task.cancel()
-        if running:
-            await asyncio.wait(running)
+        # The calls of `begin` have ended by now.
+        waited_for = [task for task in running if isinstance(task, asyncio.Future)]
+        if waited_for:
+            await asyncio.wait(waited_for)
         for task in (*self._begun, *running):
             if task.done() and not task.cancelled():
                 task.exception()  # fetched, so that asyncio does not report it as forgotten
         self._begun.clear()
 
 
-def _outcome(task: asyncio.Future[Any], return_exceptions: bool) -> Any:
+def _outcome(task: _Future, return_exceptions: bool) -> Any:
     if return_exceptions and not task.cancelled():
         exception = task.exception()
         return task.result() if exception is None else exception

@@ -6,7 +6,6 @@ import hmac
 import logging
 import os
 import re
-import secrets
 import stat
 from functools import lru_cache
 from pathlib import Path
@@ -258,6 +257,8 @@ def _create_cookie(path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Written whole under another name, then linked: a second process sees all of it or
     # nothing, and the first one to link wins.
+    import secrets
+
     draft = path.with_name(f".cookie-{os.getpid()}-{secrets.token_hex(4)}")
     handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:

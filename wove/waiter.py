@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
 from wove.errors import EnvironmentExecutionError
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Mapping
 
     from wove.delivery import Outcome, Run
@@ -19,13 +19,81 @@ if TYPE_CHECKING:
 logger = logging.getLogger("wove.dispatch")
 
 
+class Call:
+    """The future of one of the many calls of a ``map``: nobody awaits it, whoever collects is called back at once.
+
+    Has what :class:`Waiter` and the collector use of :class:`asyncio.Future`, in a fraction of its time.
+    """
+
+    __slots__ = ("_cancelled", "_done", "_exception", "_on_cancel", "_on_done", "_value")
+
+    def __init__(self, on_cancel: Callable[[], None] | None = None) -> None:
+        self._done = self._cancelled = False
+        self._value: Any = None
+        self._exception: BaseException | None = None
+        self._on_done: Callable[[Any], None] | None = None
+        self._on_cancel = on_cancel
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Call ``callback`` with this when it is done: at once, or within what ends it. There is one."""
+        self._on_done = callback
+        if self._done:
+            callback(self)
+
+    def done(self) -> bool:
+        """Tell whether it has ended."""
+        return self._done
+
+    def cancelled(self) -> bool:
+        """Tell whether it was cancelled."""
+        return self._cancelled
+
+    def result(self) -> Any:
+        """Return the result, or raise what ended it."""
+        if self._cancelled:
+            raise asyncio.CancelledError
+        if self._exception is not None:
+            raise self._exception
+        return self._value
+
+    def exception(self) -> BaseException | None:
+        """Return the exception, or None."""
+        return self._exception
+
+    def set_result(self, value: Any) -> None:
+        """End it with a result."""
+        self._value = value
+        self._end()
+
+    def set_exception(self, exception: BaseException) -> None:
+        """End it with an exception."""
+        self._exception = exception
+        self._end()
+
+    def cancel(self, reason: str | None = None) -> bool:
+        """End it, and cancel the run."""
+        if self._done:
+            return False
+        self._cancelled = True
+        self._end()
+        return True
+
+    def _end(self) -> None:
+        self._done = True
+        on_cancel, self._on_cancel = self._on_cancel, None
+        if self._cancelled and on_cancel is not None:
+            on_cancel()
+        if self._on_done is not None:
+            self._on_done(self)
+
+
 class Waiter:
     """The caller's end of a run."""
 
     __slots__ = ("frame", "future", "on_progress", "sending", "unacknowledged")
 
-    def __init__(self, future: asyncio.Future[Any], on_progress: OnProgress | None) -> None:
-        self.future = future
+    def __init__(self, future: asyncio.Future[Any] | Call, on_progress: OnProgress | None) -> None:
+        self.future: Any = future
         self.on_progress = on_progress
         self.sending: asyncio.Task[None] | None = None
         #: What was submitted, where it may have to be submitted again.

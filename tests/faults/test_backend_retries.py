@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.redis
 
 
-#: Whose turn it is next asks for leave before it is known that the one before has ended, and is turned away for
-#: good: its message is gone, and the run waits for its deadline.
-REFUSED = pytest.mark.xfail(strict=False, reason="the next execution is told 409, not to ask again")
-
-
 @pytest.fixture
 async def celery(crew: Crew) -> AsyncIterator[EnvironmentHandle]:
     """A fleet that retries ConnectionError twice, and gives the messages of dead processes to others."""
@@ -68,7 +63,6 @@ class TestRow35Celery:
             await job.call
         assert len(job.executions) == 1
 
-    @REFUSED
     @pytest.mark.parametrize("name", ["celery-retrying", "celery-prefork", "celery-threads"])
     async def test_row_35_retry_that_the_task_asks_for(self, name: str, crew: Crew, tmp_path: Path) -> None:
         # Celery sends the next message before the task has ended: another process may have it at once.
@@ -82,13 +76,14 @@ class TestRow35Celery:
         assert await job.call == 3
         assert len(job.executions) == 3
 
-    @pytest.mark.parametrize("name", ["celery-retrying", "celery-prefork"])
-    @pytest.mark.parametrize("requeue", [False, True])
+    # With late acknowledgements, what is to be put back is delivered again.
+    @pytest.mark.parametrize(
+        ("name", "requeue"),
+        [("celery-retrying", False), ("celery-prefork", False), ("celery-prefork", True)],
+    )
     async def test_row_35_reject_that_is_for_good_is_an_outcome(
         self, name: str, requeue: bool, crew: Crew, tmp_path: Path
     ) -> None:
-        if requeue and name == "celery-retrying":
-            pytest.skip("there it is delivered again")
         async with ExecutorRuntime({"fleet": crew.definition(name)}) as runtime:
             job = Job(runtime["fleet"], tmp_path, "job", deeds.reject_until, 9, requeue)
             error = await _failure(job)
@@ -101,7 +96,6 @@ class TestRow35Celery:
         assert "Ignore" in repr(await _failure(job))
         assert len(job.executions) == 1
 
-    @REFUSED
     @pytest.mark.parametrize("after", [0.0, 1.5])
     async def test_row_35_the_message_of_a_dead_process_is_run_again(
         self, after: float, celery: EnvironmentHandle, tmp_path: Path
@@ -141,14 +135,12 @@ class TestRow35Rq:
             await job.call
         assert len(job.executions) == 3
 
-    @REFUSED
     @pytest.mark.parametrize("after", [0.0, 1.5])
     async def test_row_35_a_work_horse_that_dies_is_retried_as_well(
         self, after: float, rq: EnvironmentHandle, tmp_path: Path
     ) -> None:
         await _survives(rq.options(delivery_timeout=12.0), tmp_path, after)
 
-    @REFUSED
     async def test_row_35_work_horses_that_all_die_are_a_lost_worker(
         self, rq: EnvironmentHandle, tmp_path: Path
     ) -> None:

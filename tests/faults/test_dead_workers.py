@@ -185,6 +185,18 @@ class TestRow02MidTask:
         kill(crew.slot("celery-prefork").worker.pid)
         await lost(job.call)
 
+    @pytest.mark.parametrize("name", ["celery-prefork", "celery-threads"])
+    async def test_row_02_sigkill_of_the_whole_worker_in_the_first_moment(
+        self, name: str, started: Any, crew: Crew, tmp_path: Path
+    ) -> None:
+        # Celery has acknowledged the message by then, and nobody else knows of it.
+        handle = await started(name, delivery_timeout=None)
+        # It knows the submitter's clock, and so how young the message is.
+        assert await handle.run(tasks.double, 21) == 42
+        job = Job(handle, tmp_path, "job", deeds.kill_the_worker)
+        await lost(job.call)
+        assert len(job.executions) == 1
+
     async def test_row_02_sigkill_mid_task_and_redelivery_re_opens_nothing(
         self, started: Any, crew: Crew, tmp_path: Path
     ) -> None:

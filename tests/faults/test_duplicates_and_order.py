@@ -148,7 +148,6 @@ class TestRow13DuplicatePayloads:
                 assert await handle.run(tasks.double, 21) == 42
                 assert len(job.executions) == 1
 
-    @pytest.mark.xfail(reason="until the sweep has seen that the connection is gone, the answer is 409")
     def test_row_13_the_successor_of_a_process_that_died_this_moment_is_not_sent_away(self) -> None:
         with closing_lease() as lease:
             run = open_run(lease, Sink())

@@ -784,6 +784,21 @@ class TestPayload:
         # A redelivered task needs it again.
         assert self.fetch(lease, run).status == 200
 
+    def test_who_does_not_take_it_does_not_outlive_the_listener(self, sink: Sink) -> None:
+        own = hub.acquire("127.0.0.1", 0)
+        run = open_run(own, sink, message=[bytes(50_000_000)])
+        tag = fetch_tag(key_of(run), run.run_id).hex()
+        with socket.create_connection((own.host, own.port), timeout=10) as connection:
+            connection.sendall(
+                f"GET /wove/v1/payloads/{run.run_id} HTTP/1.1\r\nHost: x\r\n"
+                f"Wove-Key: {kid()}\r\nWove-Signature: {tag}\r\n\r\n".encode()
+            )
+            assert connection.recv(1)
+            own.release()
+            with contextlib.suppress(ConnectionError):
+                while connection.recv(1_000_000):
+                    pass
+
     def test_not_without_a_signature(self, lease: Lease, sink: Sink, bystander: OpenRun) -> None:
         run = open_run(lease, sink, message=[b"secret arguments"])
         for tag in (b"", b"\0" * 32, fetch_tag(key_of(bystander), run.run_id)):
@@ -1024,6 +1039,39 @@ class TestGuard:
         assert still_open(connections) == connections[-CROWD:]
 
     @pytest.mark.usefixtures("crowded")
+    @pytest.mark.parametrize("what", ["beats", "events", "failed"])
+    def test_bodies_that_do_not_come_make_room(
+        self,
+        lease: Lease,
+        connect: Callable[[], socket.socket],
+        run: OpenRun,
+        sink: Sink,
+        what: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        # Each would be waited for for a while; together they must not take all descriptors meanwhile.
+        monkeypatch.setattr(guard, "BODY_SECONDS", 60.0)
+        path = {"beats": "/wove/v1/beats", "events": events_path(run), "failed": "/wove/v1/failed/nobody"}
+        connections = [connect() for _ in range(4 * CROWD)]
+        for connection in connections:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(head_of(path[what], Wove_Key=kid(), Content_Length="1000"))
+        wait_until(lambda: len(still_open(connections)) <= CROWD, "the excess is closed")
+        assert post(lease, run, result_body(run, 1)).status == 204
+
+    def test_an_answer_that_is_not_taken(
+        self, lease: Lease, connect: Callable[[], socket.socket], sink: Sink
+    ) -> None:
+        run = open_run(lease, sink, message=[bytes(50_000_000)])
+        tag = fetch_tag(key_of(run), run.run_id).hex()
+        connection = connect()
+        head = head_of(events_path(run), Wove_Key=kid(), Wove_Signature=tag)
+        connection.sendall(head.replace(b"POST", b"GET").replace(b"/events/", b"/payloads/"))
+        listener = hub._listeners[lease._key].listener
+        wait_until(lambda: listener.guard.connections == 1, "it is there")
+        wait_until(lambda: listener.guard.connections == 0, "it is not waited for")
+
+    @pytest.mark.usefixtures("crowded")
     def test_held_beats_are_not_the_excess(
         self,
         lease: Lease,
@@ -1060,6 +1108,7 @@ class TestGuard:
     ) -> None:
         monkeypatch.setattr(guard, "BODY_SECONDS", 60.0)
         monkeypatch.setattr(guard, "MAX_BYTES_IN_FLIGHT", 2_000)
+        monkeypatch.setattr(guard, "SMALL_BODY", 1_000)
         first, second = connect(), connect()
         head = head_of(events_path(run), Wove_Key=kid(), Wove_Final="1", Content_Length="1500")
         first.sendall(head)
@@ -1067,6 +1116,8 @@ class TestGuard:
         answer = wait_until(lambda: _answer_within(connect(), head, 0.1), "a second body is put off")
         assert status_of(answer) == 503
         assert b"Retry-After: " in answer
+        # Nobody is kept from saying a little by those who claim to say much.
+        assert post(lease, run, packed([event(run, frames.HEARTBEAT)]), final=False).status == 204
         first.close()
         wait_until(lambda: post(lease, run, result_body(run, b"x" * 1_400)).status == 204, "there is room")
         assert len(sink.outcome(run.run_id)["result"]) == 1_400

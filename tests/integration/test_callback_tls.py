@@ -205,6 +205,23 @@ class TestStrangers:
                     connection.request("GET", "/healthz")
                     assert connection.getresponse().status == 200
 
+    @pytest.mark.parametrize("state", ["shaking hands", "idle", "refused"])
+    def test_nobody_outlives_the_listener(self, certificates: Certificates, state: str) -> None:
+        shared = hub.acquire("127.0.0.1", 0, read_tls(setting(certificates)))
+        with contextlib.ExitStack() as stack:
+            stack.callback(shared.release)
+            plain = stack.enter_context(socket.create_connection((shared.host, shared.port), timeout=10))
+            if state == "shaking hands":
+                plain.sendall(b"\x16\x03\x01")
+            else:
+                _speak(plain, certificates, keep=state == "idle")
+            shared.release()
+            # The peer never says goodbye. What the listener has sent comes, and then the end.
+            plain.settimeout(5)
+            with contextlib.suppress(ConnectionError):
+                while plain.recv(65536):
+                    pass
+
     def test_handshakes_end(self, certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(door, "HEAD_SECONDS", 0.2)
         shared = hub.acquire("127.0.0.1", 0, read_tls(setting(certificates)))
@@ -214,6 +231,30 @@ class TestStrangers:
                     assert connection.recv(1) == b""
         finally:
             shared.release()
+
+
+def _speak(plain: socket.socket, certificates: Certificates, *, keep: bool) -> None:
+    """Make one request over TLS; ``keep`` tells whether the listener is to keep the connection after it."""
+    context = ssl.create_default_context(cafile=certificates.authority)
+    arrived, leaving = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(arrived, leaving, server_hostname="127.0.0.1")
+
+    def done(step: Any) -> Any:
+        while True:
+            try:
+                return step()
+            except ssl.SSLWantReadError:
+                plain.sendall(leaving.read())
+                arrived.write(plain.recv(65536))
+            finally:
+                plain.sendall(leaving.read())
+
+    done(tls.do_handshake)
+    idle = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    refused = b"POST /wove/v1/events/nobody HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabcdefghi"
+    done(lambda: tls.write(idle if keep else refused))
+    answer = done(lambda: tls.read(65536))
+    assert answer.startswith(b"HTTP/1.1 200" if keep else b"HTTP/1.1 410")
 
 
 class TestSettings:

@@ -112,3 +112,13 @@ def test_a_task_pays_for_what_it_needs(func: Callable[[int], int], dear: set[str
         assert TOO_DEAR & (imported | run) == dear
     finally:
         lease.release()
+
+
+def test_as_the_settings_of_an_rq_worker_it_sets_nothing() -> None:
+    """``rq worker -c wove.worker.rq`` is how Wove is imported before a worker forks."""
+    from rq.cli.helpers import read_config_file
+
+    settings = read_config_file("wove.worker.rq")
+    known = {"QUEUES", "NAME", "DICT_CONFIG", "SENTINEL", "SENTRY_DSN", "SENTRY_KWARGS"}
+    assert not known & settings.keys()
+    assert not [name for name in settings if name.startswith("REDIS_")]

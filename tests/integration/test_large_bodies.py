@@ -25,7 +25,7 @@ from wove_tests.callbacks import (
 from wove_tests.services import make_certificates
 
 from wove import frames
-from wove.callback_server import guard, hub, routes
+from wove.callback_server import guard, hub
 from wove.callback_server.tls import read_tls
 from wove.security import fetch_tag, part_tag
 from wove.shared_parts import as_part
@@ -131,8 +131,7 @@ class TestHandingOut:
     def test_a_reader_that_does_not_read_is_cut(
         self, lease: Lease, sink: Sink, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(routes, "BODY_SECONDS", 0.2)
-        monkeypatch.setattr(routes, "SLOWEST_BODY", 1024 * 1024 * 1024)
+        monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
         run = open_run(lease, sink, part=as_part([secrets.token_bytes(40_000_000)]))
         with socket.create_connection((lease.host, lease.port), timeout=PATIENCE) as connection:
             connection.sendall(fetching(run))

@@ -81,7 +81,7 @@ def redis(url: str) -> Iterator[Redis]:
 
     with Redis.from_url(url) as client:
         yield client
-        asyncio.run(until(lambda: not client.keys("wove:*"), "nothing is left of shared jobs"))
+        asyncio.run(until(lambda: not client.keys("wove:shared:*"), "nothing is left of shared jobs"))
 
 
 class Files:
@@ -298,6 +298,51 @@ class TestOutcome:
             left.cancel()
             await asyncio.wait([left])
         assert "not heard" in worker.log_text()
+
+    @pytest.mark.parametrize("part", ["owner", "joiner"])
+    async def test_an_answer_that_is_lost_makes_nobody_take_part_twice(
+        self,
+        worker: RqWorker,
+        url: str,
+        redis: Redis,
+        files: Files,
+        part: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        async with submitters(url, delivery_retries=2) as handles:
+            calls: list[asyncio.Task[Any]] = []
+            for handle, name in zip(handles, ("owner", "joiner"), strict=True):
+                with monkeypatch.context() as patch:
+                    lost = _lose_an_answer(patch) if name == part else []
+                    calls.append(asyncio.create_task(handle.run(tasks.count_and_wait, *files.work, "value")))
+                    await until(lambda lost=lost, name=name: lost or name != part, "an answer was lost")
+                    await until(lambda n=name: joined(redis) if n == "joiner" else party(redis), "it is in")
+            await asyncio.gather(*(until_states(handle, "started") for handle in handles))
+            assert [run.attempt for handle in handles for run in handle._dispatcher.table.open_runs()] == [
+                1,
+                1,
+            ]
+            files.release.touch()
+            assert [value for value, _ in await asyncio.gather(*calls)] == ["value"] * 2
+            assert len(files.executions()) == 1
+
+
+def _lose_an_answer(patch: pytest.MonkeyPatch) -> list[str]:
+    """Have Redis do what the next transaction says, and its answer be lost; the list then has an entry."""
+    from redis.client import Pipeline
+
+    real, lost = Pipeline.execute, []
+
+    def execute(pipeline: Any, *args: Any, **options: Any) -> Any:
+        submits = pipeline.explicit_transaction  # only there is MULTI said by its name
+        result = real(pipeline, *args, **options)
+        if submits and not lost:
+            lost.append("one")
+            raise ConnectionError("the answer was lost")
+        return result
+
+    patch.setattr(Pipeline, "execute", execute)
+    return lost
 
 
 class TestCancel:

@@ -32,7 +32,7 @@ from wove.errors import PayloadRejectedError
 from wove.remote_errors import decode_exception
 from wove.security import find_secrets, open_payload, seal_payload
 from wove.wire import pack_message, unpack_message
-from wove.worker import arun, connection, courier, execution, offering, session
+from wove.worker import arun, beats, connection, courier, execution, offering, session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -214,6 +214,51 @@ class TestOutcome:
         assert [(f["type"], f["fence"]) for f in fence.frames(payload)] == [("task_started", True)]
         assert not fence.final
         assert [f["type"] for f in last.frames(payload)] == ["task_result"]
+
+    @pytest.mark.parametrize(
+        ("payload", "told", "again", "recent", "asks"),
+        [
+            ({"withdrawn": 7}, "7", False, 60.0, False),
+            ({"withdrawn": 7}, "8", False, 60.0, True),
+            ({"withdrawn": 7}, "7", True, 60.0, True),
+            ({"withdrawn": 7}, "7", False, 0.0, True),
+            ({"withdrawn": 7}, "", False, 60.0, True),
+            ({}, "7", False, 60.0, True),
+            ({"withdrawn": 7, "delivery": {"keep": True}}, "7", False, 60.0, True),
+            ({"withdrawn": 7, "delivery": {"key": "k"}}, "7", False, 60.0, True),
+        ],
+    )
+    def test_what_waited_is_not_asked_for_while_nothing_was_withdrawn(
+        self,
+        server: FakeCallbackServer,
+        monkeypatch: pytest.MonkeyPatch,
+        payload: dict[str, Any],
+        told: str,
+        again: bool,
+        recent: float,
+        asks: bool,
+    ) -> None:
+        monkeypatch.setattr(session, "FRESH", 0.0)
+        monkeypatch.setattr(session, "RECENT", recent)
+        monkeypatch.setattr(session, "SETTLED", 3600.0)
+        server.script["events"].extend([Answer(204, {"Wove-Withdrawn": told})] * 2)
+        assert run(Payload(server.url, double, 0))
+        waiting = Payload(server.url, double, 21, **payload)
+        assert run(waiting, redelivered=again)
+        first = server.events(waiting)[0].frames(waiting)[0]
+        assert ("fence" in first) is asks
+
+    def test_what_waited_long_is_asked_for(
+        self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(session, "RECENT", 60.0)
+        monkeypatch.setattr(session, "FRESH", 0.0)
+        monkeypatch.setattr(session, "SETTLED", 0.0)
+        server.script["events"].extend([Answer(204, {"Wove-Withdrawn": "7"})] * 2)
+        assert run(Payload(server.url, double, 0))
+        waiting = Payload(server.url, double, 21, withdrawn=7)
+        assert run(waiting)
+        assert "fence" in server.events(waiting)[0].frames(waiting)[0]
 
     @pytest.mark.usefixtures("fresh")
     def test_what_is_delivered_again_is_asked_for_first(self, server: FakeCallbackServer) -> None:
@@ -883,7 +928,7 @@ class TestBeat:
         beat = server.beat(payload)
         assert beat.request.at - begun > courier.BEAT_AFTER * 0.8
         assert beat.line(payload)[0] == "run"
-        assert beat.hold == courier.HOLD
+        assert beat.hold == beats.HOLD
         assert not running.done()
         GATE.set()
         assert running.result(10) is True

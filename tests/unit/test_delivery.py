@@ -681,6 +681,37 @@ class TestRefusals:
             "  attempt 2, after 0 s: still down"
         )
 
+    def test_what_the_backend_may_have_is_submitted_again_as_it_was(
+        self, table: RunTable, clock: Clock
+    ) -> None:
+        run = table.open(RUN, "app.task", DeliveryPolicy(retries=1))
+        error = SubmitError("its answer was lost", maybe_accepted=True)
+        assert table.refuse(RUN, error, doubtful=True) == Resubmission(run, "its answer was lost")
+        assert (run.state, run.attempt) == ("queued", 1)
+        assert table.resubmit(RUN) is run
+        assert table.resubmit(RUN) is None
+        assert (run.state, run.attempt) == ("queued", 1)
+        assert ended(table.refuse(RUN, error, doubtful=True)).exception is error
+        (note,) = error.__notes__
+        assert note.count("attempt 1, after 0 s: its answer was lost") == 2
+
+    @pytest.mark.parametrize("kind", ["task_started", "task_retry"])
+    def test_nor_is_it_when_a_worker_has_spoken_of_it_meanwhile(self, table: RunTable, kind: str) -> None:
+        table.open(RUN, "app.task", DeliveryPolicy(retries=1))
+        table.refuse(RUN, SubmitError("its answer was lost"), doubtful=True)
+        table.apply(event(kind))
+        assert table.resubmit(RUN) is None
+        assert outcome_of(table, event("task_result", seq=2)).value == 42
+
+    def test_a_worker_that_dies_meanwhile_is_a_loss(self, table: RunTable) -> None:
+        run = table.open(RUN, "app.task", DeliveryPolicy(retries=1))
+        table.refuse(RUN, SubmitError("its answer was lost"), doubtful=True)
+        table.apply(event("task_started"))
+        assert table.apply(loss()).again is not None
+        assert table.resubmit(RUN) is run
+        assert run.attempt == 2
+        lost_error(outcome_of(table, loss(attempt=2)))
+
     def test_a_worker_has_it_whatever_the_backend_says(self, table: RunTable) -> None:
         table.open(RUN, "app.task", DeliveryPolicy(retries=1))
         table.apply(event("task_started"))
@@ -910,6 +941,8 @@ class Model:
     #: How often it was handed to the backend.
     submissions: int = 1
     queued: bool = True
+    #: The backend may have it, and may not.
+    doubtful: bool = False
     started: bool = False
     ever_started: bool = False
     lost: bool = False
@@ -932,7 +965,7 @@ class Model:
 
     @property
     def may_be_sent_again(self) -> bool:
-        return self.attempt <= self.policy.retries and self.cancelled_at is None
+        return self.submissions <= self.policy.retries and self.cancelled_at is None
 
     def dues(self) -> dict[str, float]:
         """Return the moments at which something has to have happened to the run, by what they are."""
@@ -1023,7 +1056,7 @@ STEPS: dict[str, dict[str, list[Any]]] = {
         "retries": [0, 1, 2, 3],
     },
     "all_goes_well": {"which": WHICH, "steps": [1, 2, 3, 4]},
-    "the_backend_refuses": {"which": WHICH},
+    "the_backend_refuses": {"which": WHICH, "doubtful": [True, False]},
     "submitted_again": {"which": WHICH, "lost_run": [True, False]},
     "cancel": {"which": WHICH},
     "sign_of_life": {
@@ -1075,6 +1108,10 @@ CROSSINGS = frozenset(
         "refusal while queued: error",
         "refusal while cancelling: error",
         "refusal while closed: nothing",
+        "doubt while queued: again",
+        "doubt while queued: error",
+        "doubt while cancelling: error",
+        "repetition while queued",
         *(f"resubmission while {state}: nothing" for state in ("queued", "started", "cancelling", "closed")),
         *(f"resubmission while lost: attempt {attempt}" for attempt in (2, 3, 4)),
         *(f"cancel while {state}: cancelled" for state in ("queued", "submitted", "started", "lost")),
@@ -1192,7 +1229,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         model = self.runs[run_id]
         if not model.lost:  # then nothing is in its hands
             self.table.submitted(run_id, model.attempt)
-            model.queued = False
+            model.queued = model.doubtful = False
 
     @precondition(lambda self: self.runs)
     @step("all_goes_well")
@@ -1212,14 +1249,20 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.runs)
     @step("the_backend_refuses")
-    def the_backend_refuses(self, which: int) -> None:
+    def the_backend_refuses(self, which: int, doubtful: bool) -> None:
         run_id = self.pick(which, lambda model: model.open and model.queued and not model.lost)
         model, state = self.runs[run_id], self.state(run_id)
         if model.open and not (model.queued or model.started or model.lost):
             return  # nobody hands such a run over
-        expected = model.lose() if model.open and not (model.started or model.lost) else "nothing"
-        self.met[f"refusal while {state}: {expected}"] += 1
-        refused = self.table.refuse(run_id, SubmitError("the broker is down"), model.attempt)
+        expected = "nothing"
+        if model.open and not (model.started or model.lost):
+            if doubtful and model.may_be_sent_again:
+                model.doubtful, expected = True, "again"
+            else:
+                expected = model.lose()
+        self.met[f"{'doubt' if doubtful else 'refusal'} while {state}: {expected}"] += 1
+        error = SubmitError("the broker is down")
+        refused = self.table.refuse(run_id, error, model.attempt, doubtful=doubtful)
         self.follow(run_id, refused, expected)
 
     @precondition(lambda self: self.runs)
@@ -1228,17 +1271,20 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.submit_again(self.pick(which, lambda model: model.open and model.lost is lost_run))
 
     def submit_again(self, run_id: str) -> None:
-        """Submit a run again; only a lost one takes that."""
+        """Submit a run again; only a lost one takes that, and a doubtful one that was not heard of."""
         model, state = self.runs[run_id], self.state(run_id)
         run = self.table.resubmit(run_id)
-        assert (run is not None) == (state == "lost")
+        assert (run is not None) == (state == "lost" or (state == "queued" and model.doubtful))
         if run is None:
             self.met[f"resubmission while {state}: nothing"] += 1
             return
-        model.lost = False
-        model.attempt += 1
         model.submissions += 1
-        self.met[f"resubmission while lost: attempt {model.submissions}"] += 1
+        if state == "lost":
+            model.attempt += 1
+            self.met[f"resubmission while lost: attempt {min(model.attempt, 4)}"] += 1
+        else:
+            self.met["repetition while queued"] += 1
+        model.lost = model.doubtful = False
         assert run.attempt == model.attempt
 
     @precondition(lambda self: self.runs)

@@ -29,6 +29,7 @@ LAYERS = (
         "remote_errors",
         "run_errors",
         "security",
+        "tables",
         "wire",
     },
     {"backend", "exchange", "shared_parts"},
@@ -44,6 +45,7 @@ LAYERS = (
         "doctor",
         "environment",
         "handle",
+        "run_ids",
         "runtime",
         "sharing",
         "testing",
@@ -69,7 +71,7 @@ THIRD_PARTIES = {
     "billiard": ("wove.worker.celery",),
     "celery": ("wove.worker.celery", "wove.demo.celery_app"),
     "grpc": ("wove.worker.services.grpc",),
-    "msgpack": ("wove.wire",),
+    "msgpack": ("wove.tables", "wove.wire"),
     "rich": ("wove.demo",),
 }
 

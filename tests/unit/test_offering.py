@@ -263,6 +263,48 @@ class TestOutages:
         assert patience(task(), 1000, cancelled=False) == 300
 
 
+class Marks:
+    """What others have noted of an outage."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.said: list[str] = []
+
+    def known_for(self, origin: str) -> float:
+        self.said.append(f"{origin} is away")
+        return self.seconds
+
+    def over(self, origin: str) -> None:
+        self.said.append(f"{origin} is back")
+
+
+class TestOutagesOfOthers:
+    """Processes that live for one task wait for an outage together."""
+
+    @pytest.mark.parametrize(
+        ("known_for", "waited"), [(0.0, 300.0), (100.0, 200.0), (299.0, 2.0), (5000.0, 2.0)]
+    )
+    def test_what_others_have_waited_counts(
+        self, clock: PausingClock, known_for: float, waited: float
+    ) -> None:
+        marks = Marks(known_for)
+        assert offer(Server(OSError("down")), task(), 300, marks=marks) is None
+        assert clock.now - 1000 == pytest.approx(waited)
+        assert marks.said == [f"{ORIGIN} is away"]
+        assert offering.down_since == {ORIGIN: 1000 - known_for}
+
+    def test_nobody_waits_longer_because_of_them(self, clock: PausingClock) -> None:
+        assert offer(Server(OSError("down")), task(), 0.5, marks=Marks(60.0)) is None
+        assert clock.now - 1000 == pytest.approx(0.5)
+
+    def test_the_end_is_noted_by_who_has_noted_the_beginning(self, clock: PausingClock) -> None:
+        marks = Marks(10.0)
+        offer(Server(OSError("down"), OSError("down"), 503, 204), task(), 300, marks=marks)
+        assert marks.said == [f"{ORIGIN} is away", f"{ORIGIN} is back"]
+        offer(Server(204), task(), 300, marks=marks)
+        assert len(marks.said) == 2
+
+
 class TestPatience:
     """How long an outcome is worth offering."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from wove.adapters.rq_sharing import Ticket
 from wove.backend import shared_name
-from wove.commands import again_frame
+from wove.commands import again_frame, orphan_frame
+from wove.delivery import Run
 from wove.policy import DeliveryPolicy
 
 
@@ -29,7 +30,12 @@ def test_a_ticket_is_told_from_a_jobs_id() -> None:
         assert Ticket.read(other) is None
 
 
-def test_a_run_that_is_put_back_on_the_queue_keeps_its_key() -> None:
+def test_a_run_that_is_submitted_again_keeps_its_key() -> None:
     frame = {"type": "run_task", "run_id": "a" * 32, "delivery": {"attempt": 1, "key": "7"}}
-    again = again_frame(frame, DeliveryPolicy(), 2, attended=False)["delivery"]
-    assert (again["attempt"], again["key"], again["attended"]) == (2, "7", False)
+    run = Run("a" * 32, "app.task", DeliveryPolicy(), 0.0)
+    again, orphan = again_frame(frame, run)["delivery"], orphan_frame(frame, run)["delivery"]
+    assert (again["attempt"], again["key"], again["repeated"]) == (1, "7", True)
+    assert (orphan["attempt"], orphan["key"], orphan["attended"]) == (2, "7", False)
+    run.attempt = 2
+    assert "repeated" not in again_frame(frame, run)["delivery"]
+    assert "repeated" not in orphan

@@ -59,6 +59,7 @@ class Run:
     cancelled: bool = False
     cancelled_at: float = 0.0
     closed: bool = False
+    doubtful: bool = False
     asked_at: float = float("-inf")
     obituary: dict[str, Any] | None = None
     worker: dict[str, Any] = field(default_factory=dict)
@@ -484,6 +485,34 @@ class TestRunsThatDoNotStart:
         run.renew(watch)
         await pass_time(20)
         assert backend.times(f"{run.run_id}-2") == pytest.approx([75, 85], abs=0.1)
+        await watch.stop()
+
+    @jumping
+    async def test_what_the_backend_may_never_have_had_is_not_asked_about(
+        self, clock: Clock, backend: Backend, run: Run
+    ) -> None:
+        backend.says("gone", "queued")
+        run.doubtful = True
+        watch = watching(backend)
+        watch.opened(run)
+        await pass_time(60)
+        assert (backend.asked, run.told) == ([], [])
+        run.doubtful = False
+        run.opened_at = clock()
+        watch.opened(run)
+        await pass_time(UNSTARTED[0] + TICK)
+        assert len(backend.asked) == 1
+        await watch.stop()
+
+    @jumping
+    async def test_once_a_worker_has_spoken_there_is_no_doubt(
+        self, clock: Clock, backend: Backend, run: Run
+    ) -> None:
+        backend.says("lost")
+        run.doubtful = True
+        watch = await suspected(backend, run)
+        await pass_time(10)
+        assert run.kinds == [frames.TASK_ERROR]
         await watch.stop()
 
 

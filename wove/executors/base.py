@@ -10,7 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from wove.frames import Frame
 
@@ -27,6 +27,12 @@ class EnvironmentExecutor(ABC):
     #: Silence allowed once a run has started, in seconds, unless the user sets
     #: ``delivery_heartbeat_seconds``. None: this executor's workers send no heartbeats.
     default_heartbeat_seconds: float | None = None
+    #: Takes a ``run_task`` command as :meth:`send` does, at once, and calls ``done`` in the event loop with what
+    #: refused it, or None; a ``cancel_task`` command may follow before that. None: commands go by :meth:`send`.
+    post: Callable[[Frame, Callable[[BaseException | None], None]], None] | None = None
+    #: Whether a ``run_task`` may be sent a second time, with ``delivery["repeated"]``, after it failed with a
+    #: :class:`SubmitError` that may have been accepted. Where not, it is sent as another attempt.
+    recognises_repeats: bool = False
     #: Whether ``run_task`` frames may have ``shared``: the callable as all the runs of a ``map`` share it.
     takes_shared: bool = False
 
@@ -61,6 +67,10 @@ class EnvironmentExecutor(ABC):
     @abstractmethod
     async def recv(self) -> Frame:
         """Return the next event, waiting for it. Cancel-safe: no event is lost."""
+
+    async def recv_many(self) -> list[Frame]:
+        """Return the events there are, waiting for the first. An executor that knows more than one does well to."""
+        return [await self.recv()]
 
     @abstractmethod
     async def stop(self) -> None:
@@ -115,6 +125,13 @@ class FrameChannel:
                 break
             await self._ready.wait()
         return self._frames.popleft()
+
+    async def get_many(self) -> list[Frame]:
+        """Return the frames there are, waiting for the first."""
+        found = [await self.get()]
+        while self._frames:
+            found.append(self._frames.popleft())
+        return found
 
     def close(self) -> None:
         """Take no more frames."""

@@ -59,6 +59,7 @@ class WatchedRun(Protocol):
     cancelled: bool
     cancelled_at: float
     closed: bool
+    doubtful: bool
     opened_at: float
     heartbeat: float | None
     asked_at: float
@@ -262,6 +263,9 @@ class Watch:
             first = suspect_since + ASK_AFTER
         elif run.started:
             first = run.last_contact + (QUIET if run.heartbeat is None else min(QUIET, run.heartbeat * 0.6))
+        elif run.doubtful:
+            # A backend that has never had it would call it gone.
+            return now + TICK
         else:
             first = run.opened_at + UNSTARTED[0]
         return max(first, look.next_at) if look is not None else first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from wove.worker.parts import shared_part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from wove.tables import Row
 
 #: The version of the payload format that this worker reads.
 VERSION = 1
@@ -55,12 +58,20 @@ class Assignment:
             self.timeout = _seconds(envelope.get("timeout"))
             self.start_timeout = _seconds(envelope.get("start_timeout"))
             self._expires = _seconds(envelope.get("expires"))
+            #: The callback server's count of withdrawals when the payload was made.
+            self.withdrawn: int | None = _optional(envelope.get("withdrawn"), int)
             #: Outcomes are to be plain data: for the submitter's sake, or for that of this worker's list.
             self.plain = envelope.get("plain") is True or self._admission.functions is not None
             self.keep = envelope.get("keep") is True
             self.attended = envelope.get("attended", True) is not False
+            self.ask = envelope.get("ask") is True
+            described = envelope.get("callable")
+            #: The function's name, as far as it is known; calls may have names of their own.
+            self.function: str = described if type(described) is str else self.task_id
             #: The idempotency key, by which runs of other processes may share this one's job.
             self.shared_by: str | None = _optional(envelope.get("key"), str)
+            #: How many runs travel together; None for a single one, whose ids are then those of the batch.
+            self.batch: int | None = _optional(envelope.get("batch"), int)
             nonce = _checked(envelope["nonce"], bytes)
             self.origin, self.path = split_url(self.callback)
         except (KeyError, ValueError) as exc:
@@ -72,6 +83,7 @@ class Assignment:
         except PayloadRejectedError as exc:
             raise PayloadRejectedError(f"run {self.run_id}: {exc}") from None
         self.kid = secret.kid
+        self._secret, self._nonce = secret, nonce
         self.key = run_key(secret, self.environment, self.run_id, nonce)
         self._envelope = envelope
 
@@ -109,11 +121,7 @@ class Assignment:
         """
         envelope: Mapping[str, Any] = self._envelope
         attachments = self._attachments
-        if envelope.get("v") != VERSION:
-            raise PayloadRejectedError(
-                f"the payload is of version {envelope.get('v')!r} and this worker reads version {VERSION}: "
-                "install the same release of Wove on the submitter and its workers"
-            )
+        self._check_version()
         if "fetch" in envelope:
             envelope, attachments = unpack_message(self._fetch(envelope["fetch"]))
         func, arguments = self._decode(envelope, attachments)
@@ -121,6 +129,58 @@ class Assignment:
             raise ProtocolError("malformed payload: args")
         self._attachments = []
         return func, tuple(arguments[0]), dict(arguments[1])
+
+    def _check_version(self) -> None:
+        version = self._envelope.get("v")
+        if version != VERSION:
+            raise PayloadRejectedError(
+                f"the payload is of version {version!r} and this worker reads version {VERSION}: "
+                "install the same release of Wove on the submitter and its workers"
+            )
+
+    def load_batch(self) -> tuple[Any, list[Row]]:
+        """Return the callable of a batch, and for each of its runs the id and the encoded arguments.
+
+        Raises:
+            Exception: whatever importing or unpickling the callable raises.
+        """
+        from wove.tables import unpack_table
+
+        self._check_version()
+        attachments, self._attachments = self._attachments, []
+        if not attachments:
+            raise ProtocolError("malformed payload: a batch without its table")
+        rows = unpack_table(attachments[0], str)
+        if not rows or not all(frames.is_run_id(row[0]) for row in rows):
+            raise ProtocolError("malformed payload: the table of a batch")
+        if self._admission.functions is not None:
+            return self._admission.functions.find(self._envelope.get("callable")), rows
+        return self._decode_function(self._envelope, attachments), rows
+
+    def decode_row(self, row: Row) -> tuple[Any, Any]:
+        """Return the positional and the keyword arguments of one run of a batch.
+
+        Raises:
+            Exception: whatever unpickling them raises.
+        """
+        described, data = [row[1], 0, 1], [memoryview(row[2])]
+        if self._admission.functions is not None:
+            from wove.no_pickle import decode_plain
+
+            arguments = decode_plain(described, data, "the arguments", "this worker has WOVE_ALLOW and takes")
+        else:
+            arguments = decode_value(described, data)
+        if type(arguments) is not list or len(arguments) != 2:
+            raise ProtocolError("malformed payload: args")
+        return arguments[0], arguments[1]
+
+    def member(self, run_id: str) -> Assignment:
+        """Return the assignment of one run of a batch, by which it can be reported alone."""
+        alone = copy.copy(self)
+        alone.run_id = run_id
+        alone.batch = None
+        alone.key = run_key(self._secret, self.environment, run_id, self._nonce)
+        return alone
 
     def _decode(self, call: Mapping[str, Any], attachments: Sequence[memoryview]) -> tuple[Any, Any]:
         described, arguments = call.get("callable"), call.get("args")
@@ -131,15 +191,17 @@ class Assignment:
             func = self._admission.functions.find(described)
             who = "this worker has WOVE_ALLOW and takes"
             return func, decode_plain(arguments, attachments, "the arguments", who)
+        return self._decode_function(call, attachments), decode_value(arguments, attachments)
+
+    def _decode_function(self, call: Mapping[str, Any], attachments: Sequence[memoryview]) -> Any:
+        described = call.get("callable")
         if "part" in call:
-            part, shared = unpack_message(shared_part(self, call["part"]))
+            part, attachments = unpack_message(shared_part(self, call["part"]))
             described = part.get("callable")
-            func = decode_callable(described, shared)
-        else:
-            func = decode_callable(described, attachments)
+        func = decode_callable(described, attachments)
         if not callable(func):
             raise TypeError(f"{described!r} is not callable here, but {type(func).__name__}")
-        return func, decode_value(arguments, attachments)
+        return func
 
     def _fetch(self, claim: Any) -> memoryview:
         size, digest = claimed(claim, "fetch")

@@ -43,6 +43,9 @@ class TaskExited(RuntimeError):
 class CeleryHooks(BackendHooks):
     """Celery retries what the task's settings say; its result backend, if it has one, keeps outcomes."""
 
+    # A message is acknowledged as soon as it is at work, and then nobody but the worker knows of it.
+    unseen = True
+
     def __init__(self, task: Any) -> None:
         self._task = task
 
@@ -207,17 +210,25 @@ def _runs(state: Any, ids: list[str], **_: Any) -> dict[str, Any]:
 def _where(ids: list[str]) -> dict[str, list[str]]:
     from celery.worker import state as tasks
 
+    wanted = set(ids)
     found = {}
-    for task_id in ids:
-        request = tasks.requests.get(task_id)
-        if request is None:
-            continue
-        if request not in tasks.active_requests:
-            found[task_id] = ["reserved", ""]
+    for task_id in wanted.intersection(tasks.requests):
+        found[task_id] = ["reserved", ""]
+    # Celery knows one task per id. Of a message that came twice, the one at work counts.
+    for request in _active(tasks):
+        if request.id not in wanted or found.get(request.id, [""])[0] == "active":
             continue
         death = _death(request.worker_pid)
-        found[task_id] = ["died", death] if death else ["active", _activity(request.worker_pid)]
+        found[request.id] = ["died", death] if death else ["active", _activity(request.worker_pid)]
     return found
+
+
+def _active(tasks: Any) -> list[Any]:
+    while True:
+        try:
+            return list(tasks.active_requests)
+        except RuntimeError:
+            continue  # a thread has begun another task meanwhile
 
 
 def _activity(pid: int | None) -> str:

@@ -1,7 +1,8 @@
 """The worker's HTTP client: keep-alive connections to callback servers.
 
-``http.client`` from the standard library, because its import is nearly free where Celery
-or RQ is loaded, and because a connection must never cross a fork: each thread of each
+``http.client`` from the standard library opens them, because its import is nearly free where
+Celery or RQ is loaded; requests and replies of the usual form are written and read by
+:mod:`wove.worker.plain_http`. A connection must never cross a fork: each thread of each
 process has its own.
 """
 
@@ -13,7 +14,9 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wove.buffers import room
-from wove.worker.transport import TIMEOUT, connect
+from wove.worker import plain_http
+from wove.worker.plain_http import SMALL
+from wove.worker.transport import TIMEOUT, connect, leads_straight, open_connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +26,6 @@ if TYPE_CHECKING:
 
 #: Bytes a second that a large body is granted on top.
 SLOWEST = 256 * 1024
-#: Bodies up to this size, in bytes, are sent in one piece.
-SMALL = 64 * 1024
 #: Bytes of a large body that are read, and hashed, at a time.
 PIECE = 1024 * 1024
 #: Origins that a thread keeps a connection to: submitters come and go, workers stay.
@@ -45,6 +46,10 @@ class Reply(NamedTuple):
 
 #: Per callback origin: its wall clock minus ours, in seconds, as its last reply told.
 clock_offsets: dict[str, float] = {}
+
+#: Per callback origin: when a request was made that told its count of withdrawals, on the monotonic clock,
+#: and that count, as text.
+withdrawals: dict[str, tuple[float, str]] = {}
 
 _NOT_IN_HOST = frozenset(" @?#\\")
 #: Since when, on the monotonic clock, a callback origin has not answered.
@@ -96,11 +101,15 @@ def request(
     Raises:
         OSError, http.client.HTTPException: no reply was had.
     """
-    size = sum(memoryview(part).nbytes for part in parts)
-    allowed = timeout + size / SLOWEST + max_reply / SLOWEST
+    size = sum([memoryview(part).nbytes for part in parts])
+    allowed = timeout + (size + max_reply) / SLOWEST
     for fresh in (False, True):
         connection, reused = _connection(origin, fresh=fresh)
         try:
+            head = plain_http.head_of(method, path, origin.partition("://")[2], headers, size)
+            # What may be large is read by pieces, and hashed meanwhile.
+            if head is not None and max_reply <= MAX_REPLY and leads_straight(connection):
+                return _exchange(connection, origin, method, head, parts, size, allowed, max_reply)
             try:
                 send(connection, method, path, headers, parts, size, allowed)
             except ConnectionError:
@@ -117,6 +126,49 @@ def request(
             connection.close()
             raise
     raise ConnectionError("unreachable")  # the second round either returns or raises
+
+
+def _exchange(
+    connection: HTTPConnection,
+    origin: str,
+    method: str,
+    head: bytes,
+    parts: Sequence[Buffer],
+    size: int,
+    timeout: float,
+    max_reply: int,
+) -> Reply:
+    """Make a request by hand, on a connection that leads straight to the callback server."""
+    reused = connection.sock is not None
+    if not reused:
+        open_connection(connection, timeout)
+    sock = connection.sock
+    begun = time.monotonic()
+    if sock.gettimeout() != timeout:
+        sock.settimeout(timeout)
+    try:
+        plain_http.send(sock, head, parts, size)
+    except ConnectionError:
+        if reused or size <= SMALL:
+            raise
+        # A server that refuses a large body answers before it has all of it.
+    answer = plain_http.read_head(sock)
+    if isinstance(answer, bytes):
+        from wove.worker.early import reply_from
+
+        response = reply_from(answer, sock, method)
+        reply = read_reply(origin, response, max_reply)
+        if response.will_close:
+            connection.close()
+        return reply
+    if answer.length > max_reply:
+        raise ConnectionError(f"the callback server's reply is too long ({answer.length} bytes)")
+    _note(origin, answer.headers)
+    _note_withdrawals(origin, answer.headers, begun)
+    reply = Reply(answer.status, answer.headers, bytes(plain_http.read_body(sock, answer)))
+    if not plain_http.stays_open(answer):
+        connection.close()
+    return reply
 
 
 def _bad_status() -> type[Exception]:
@@ -176,17 +228,9 @@ def read_reply(
 
     A large one is read into ``room`` for it, and hashed by a new ``hasher`` while it comes in.
     """
-    down_since.pop(origin, None)
     # Proxies may change the case of names.
     headers = {name.lower(): value for name, value in response.headers.items()}
-    sent_at = headers.get("wove-time")
-    if sent_at is not None:
-        try:
-            if len(clock_offsets) > 1_000:
-                clock_offsets.clear()
-            clock_offsets[origin] = float(sent_at) - time.time()
-        except ValueError:
-            pass
+    _note(origin, headers)
     length = response.length
     if length is not None and length > max_reply:
         raise ConnectionError(f"the callback server's reply is too long ({length} bytes)")
@@ -208,3 +252,25 @@ def _read_large(response: HTTPResponse, body: memoryview, digest: Any) -> None:
             digest.update(body[at : at + count])
         at += count
     response.close()
+
+
+def _note_withdrawals(origin: str, headers: Mapping[str, str], asked_at: float) -> None:
+    withdrawn = headers.get("wove-withdrawn")
+    if withdrawn is not None:
+        if len(withdrawals) > 1_000:
+            withdrawals.clear()
+        withdrawals[origin] = (asked_at, withdrawn)
+
+
+def _note(origin: str, headers: Mapping[str, str]) -> None:
+    """Remember what a reply says of its server."""
+    if down_since:
+        down_since.pop(origin, None)
+    sent_at = headers.get("wove-time")
+    if sent_at is not None:
+        try:
+            if len(clock_offsets) > 1_000:
+                clock_offsets.clear()
+            clock_offsets[origin] = float(sent_at) - time.time()
+        except ValueError:
+            pass

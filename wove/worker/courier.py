@@ -18,32 +18,25 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from wove.security import beat_tag, cancel_tag, same
-from wove.worker.connection import read_reply, send
-from wove.worker.early import first_byte, has_decrypted, reply_after
-from wove.worker.transport import connect
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from http.client import HTTPConnection
 
+    from wove.worker.beats import Beats
     from wove.worker.session import Session
 
 logger = logging.getLogger("wove.worker")
 
 #: Seconds after which a running task is reported as started: from then on its death shows.
 REPORT_AFTER = 0.01
+#: Seconds after the last task for which the thread looks up by itself: one task after another does
+#: not have to wake it, each at the price of a switch between threads.
+LINGER = 0.1
 #: Seconds that progress is collected before it is sent.
 NEWS_EVERY = 0.1
 #: Seconds after which a running task joins the open beat.
 BEAT_AFTER = 1.0
-#: Seconds that a beat is held open at most.
-HOLD = 5.0
 #: Seconds an idle courier waits for more before its thread ends.
 IDLE_SECONDS = 30.0
-#: Runs in one beat at most.
-MAX_RUNS = 200
-_BEAT_BACKOFF = (0.1, 0.3, 1.0, 2.0)
 
 
 class Courier:
@@ -58,6 +51,8 @@ class Courier:
         self._wake_at = 0.0
         self._news_at: float | None = None
         self._patience = IDLE_SECONDS
+        self._last_removed = 0.0
+        self._beats: Beats | None = None
 
     def add(self, session: Session) -> None:
         """Take care of a session from now on."""
@@ -69,7 +64,7 @@ class Courier:
                 self._wake_writer.setblocking(False)
                 self._thread = threading.Thread(target=self._run, name="wove-courier", daemon=True)
                 self._thread.start()
-            elif session.begun + REPORT_AFTER < self._wake_at:
+            elif session.begun + 2 * REPORT_AFTER < self._wake_at:
                 self._wake()
 
     @contextmanager
@@ -95,6 +90,7 @@ class Courier:
         """Take care of a session no longer."""
         with self._lock:
             self._sessions.pop(session.execution, None)
+            self._last_removed = time.monotonic()
 
     def _news(self) -> None:
         with self._lock:
@@ -113,23 +109,21 @@ class Courier:
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_reader, selectors.EVENT_READ)
-            beats = _Beats(self._origin, selector)
             idle_since = time.monotonic()
             while True:
                 try:
-                    due = self._turn(beats)
+                    due = self._turn(selector)
                 except Exception:
                     logger.exception("the courier to %s stumbled", self._origin)
                     due = time.monotonic() + 1.0
                 now = time.monotonic()
-                if self._sessions or beats.held:
+                if self._sessions or (self._beats is not None and self._beats.held):
                     idle_since = now
                 elif now - idle_since >= self._patience and self._retire():
-                    beats.close()
                     return
-                self._sleep(selector, beats, max(0.0, due - now))
+                self._sleep(selector, max(0.0, due - now))
 
-    def _turn(self, beats: _Beats) -> float:
+    def _turn(self, selector: selectors.BaseSelector) -> float:
         """Do what is due and return when something else will be."""
         now = time.monotonic()
         with self._lock:
@@ -138,32 +132,49 @@ class Courier:
             news = self._news_at is not None and self._news_at <= now
             if news:
                 self._news_at = None
-        due = now + IDLE_SECONDS
+            due = now + (REPORT_AFTER if now - self._last_removed < LINGER else IDLE_SECONDS)
+            if not sessions and self._beats is None:
+                self._news_at = None
+                self._wake_at = due
+                return due
         for session in sessions:
             due = min(due, self._attend(session, now, news))
-        due = min(due, beats.open([s for s in sessions if _beat_at(s) <= now and not s.unwanted]))
+        due = min(due, self._beat([s for s in sessions if _beat_at(s) <= now and not s.unwanted], selector))
         with self._lock:
             self._wake_at = due if self._news_at is None else min(due, self._news_at)
             return self._wake_at
 
+    def _beat(self, sessions: list[Session], selector: selectors.BaseSelector) -> float:
+        if self._beats is None:
+            if not sessions:
+                return float("inf")
+            # Most tasks end before their first beat: a forking worker would load this for each of them.
+            from wove.worker.beats import Beats
+
+            self._beats = Beats(self._origin, selector)
+        return self._beats.open(sessions)
+
     def _attend(self, session: Session, now: float, news: bool) -> float:
+        own = session.attend(now)
         report_at, beat_at = session.begun + REPORT_AFTER, _beat_at(session)
         if now < report_at:
-            return report_at
+            return min(own, report_at)
         if session.has_news and (news or not session.started):
             session.report()
             if session.has_news:  # more than one report holds
                 self._news()
-        return beat_at if now < beat_at else float("inf")
+        return min(own, beat_at) if now < beat_at else own
 
-    def _sleep(self, selector: selectors.BaseSelector, beats: _Beats, pause: float) -> None:
-        for held in beats.decrypted():
-            beats.answered(held)
-            pause = 0.0
+    def _sleep(self, selector: selectors.BaseSelector, pause: float) -> None:
+        beats = self._beats
+        if beats is not None:
+            for held in beats.decrypted():
+                beats.answered(held)
+                pause = 0.0
         for key, _ in selector.select(pause):
             if key.fileobj is self._wake_reader:
                 self._wake_reader.recv(4096)
-            else:
+            elif beats is not None:
                 beats.answered(key.data)
 
     def _retire(self) -> bool:
@@ -171,8 +182,11 @@ class Courier:
             if self._sessions:
                 return False
             self._thread = None
+            beats, self._beats = self._beats, None
             self._wake_reader.close()
             self._wake_writer.close()
+        if beats is not None:
+            beats.close()
         with _couriers_lock:
             # Who asks meanwhile keeps this one, and starts it anew.
             if _couriers.get(self._origin) is self and not self._sessions and self._thread is None:
@@ -183,138 +197,6 @@ class Courier:
 def _beat_at(session: Session) -> float:
     heartbeat = session.assignment.heartbeat
     return session.begun + (min(BEAT_AFTER, heartbeat / 3) if heartbeat else BEAT_AFTER)
-
-
-class _Beats:
-    """The beats that are held open; normally one, a second one while a run joins."""
-
-    def __init__(self, origin: str, selector: selectors.BaseSelector) -> None:
-        self._origin = origin
-        self._selector = selector
-        self._failures = 0
-        self._retry_at = 0.0
-        self._spare: HTTPConnection | None = None
-        self.held: list[_Held] = []
-
-    def open(self, sessions: list[Session]) -> float:
-        """Open a beat for those sessions that none holds; return when to look again."""
-        now = time.monotonic()
-        beating = {session.execution for held in self.held for session in held.sessions}
-        waiting = [session for session in sessions if session.execution not in beating][:MAX_RUNS]
-        if waiting and now >= self._retry_at:
-            try:
-                self._begin(waiting, now)
-            except Exception as exc:
-                self._failed(exc)
-        for held in [held for held in self.held if held.give_up <= now]:
-            self._drop(held)
-        times = [held.give_up for held in self.held]
-        if waiting and now < self._retry_at:
-            times.append(self._retry_at)
-        return min(times, default=now + HOLD)
-
-    def _begin(self, sessions: list[Session], now: float) -> None:
-        hold = min([HOLD, *(s.assignment.heartbeat / 3 for s in sessions if s.assignment.heartbeat)])
-        lines = [f"hold {hold:.3f}"]
-        for session in sessions:
-            session.beats += 1
-            task = session.assignment
-            tag = beat_tag(task.key, task.run_id, session.execution, task.attempt, session.beats)
-            # A task that takes its time to stop has been told already.
-            word = "stopping" if session.context.cancelled else "run"
-            lines.append(
-                f"{word} {task.run_id} {session.execution} {task.attempt} {session.beats} {task.kid} {tag.hex()}"
-            )
-        body = "\n".join(lines).encode()
-        connection, self._spare = self._spare or connect(self._origin, timeout=5.0), None
-        path = f"{sessions[0].assignment.path}/wove/v1/beats"
-        try:
-            send(connection, "POST", path, {"Content-Type": "text/plain"}, [body], len(body), 5.0)
-            held = _Held(connection, sessions, now + hold + 5.0)
-            self._selector.register(connection.sock, selectors.EVENT_READ, held)
-        except BaseException:
-            connection.close()
-            raise
-        self.held.append(held)
-
-    def close(self) -> None:
-        """Close the connection that is kept for the next beat."""
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            spare.close()
-
-    def decrypted(self) -> list[_Held]:
-        """Return the beats whose answers no selector will speak of."""
-        return [held for held in self.held if has_decrypted(held.connection.sock)]
-
-    def answered(self, held: _Held) -> None:
-        """Read the reply to a beat and pass cancellations on; nothing when TLS alone has spoken."""
-        first: bytes | None = b""
-        broken: Exception | None = None
-        try:
-            first = first_byte(held.connection.sock)
-        except Exception as exc:
-            broken = exc
-        if first is None:
-            return
-        self.held.remove(held)
-        self._selector.unregister(held.connection.sock)
-        try:
-            if broken is not None:
-                raise broken
-            reply = read_reply(self._origin, reply_after(first, held.connection))
-            if reply.status == 410:
-                held.gone()
-            elif reply.status != 200:
-                raise ConnectionError(f"the callback server answered {reply.status} to a beat")
-            held.take(reply.body)
-        except Exception as exc:
-            held.connection.close()
-            self._failed(exc)
-        else:
-            self._failures = 0
-            self.close()
-            self._spare = held.connection
-
-    def _drop(self, held: _Held) -> None:
-        self.held.remove(held)
-        self._selector.unregister(held.connection.sock)
-        held.connection.close()
-        self._failed(TimeoutError("no answer to a beat"))
-
-    def _failed(self, exc: Exception) -> None:
-        delay = _BEAT_BACKOFF[min(self._failures, len(_BEAT_BACKOFF) - 1)]
-        self._failures += 1
-        self._retry_at = time.monotonic() + delay
-        logger.debug("a beat to %s failed: %s", self._origin, exc)
-
-
-class _Held:
-    """One open beat."""
-
-    def __init__(self, connection: HTTPConnection, sessions: list[Session], give_up: float) -> None:
-        self.connection = connection
-        self.sessions = sessions
-        self.give_up = give_up
-        # By execution: two executions of one run may live here after a redelivery.
-        self._counts = {session.execution: (session, session.beats) for session in sessions}
-
-    def gone(self) -> None:
-        """Beat no more for runs that the callback server does not know."""
-        for session in self.sessions:
-            session.unwanted = True
-
-    def take(self, body: bytes | memoryview) -> None:
-        for line in str(body, "ascii", "replace").splitlines():
-            word, _, rest = line.partition(" ")
-            execution, _, given = rest.partition(" ")
-            if word != "cancel" or execution not in self._counts:
-                continue
-            session, count = self._counts[execution]
-            task = session.assignment
-            expected = cancel_tag(task.key, task.run_id, execution, count)
-            if same(expected.hex().encode(), given.encode()):
-                session.cancel()
 
 
 _couriers: dict[str, Courier] = {}

@@ -54,12 +54,9 @@ def reply_after(first: bytes, connection: HTTPConnection) -> HTTPResponse:
     """
     if not first:
         return connection.getresponse()
-    import http.client
 
     def begun(sock: Any, *args: Any, **kwargs: Any) -> HTTPResponse:
-        reply = http.client.HTTPResponse(sock, *args, **kwargs)
-        reply.fp = io.BufferedReader(_Begun(first, reply.fp.detach()))
-        return reply
+        return _begun(first, sock, *args, **kwargs)
 
     connection.response_class = begun  # type: ignore[assignment]
     try:
@@ -68,8 +65,27 @@ def reply_after(first: bytes, connection: HTTPConnection) -> HTTPResponse:
         del connection.response_class
 
 
+def reply_from(read: bytes, sock: Any, method: str) -> HTTPResponse:
+    """Return the reply to a request that was not made by ``http.client``, and that was read in part.
+
+    Raises:
+        OSError, http.client.HTTPException: it is none.
+    """
+    reply = _begun(read, sock, method=method)
+    reply.begin()
+    return reply
+
+
+def _begun(read: bytes, sock: Any, *args: Any, **kwargs: Any) -> HTTPResponse:
+    import http.client
+
+    reply = http.client.HTTPResponse(sock, *args, **kwargs)
+    reply.fp = io.BufferedReader(_Begun(read, reply.fp.detach()))
+    return reply
+
+
 class _Begun(io.RawIOBase):
-    """A stream after a byte that was taken from it."""
+    """A stream after the bytes that were taken from it."""
 
     def __init__(self, first: bytes, rest: io.RawIOBase) -> None:
         self._first = first
@@ -80,11 +96,12 @@ class _Begun(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Buffer) -> int | None:
-        """Read; the byte comes alone."""
+        """Read; those bytes come alone."""
         view = memoryview(buffer)
         if self._first and view.nbytes:
-            view[:1], self._first = self._first, b""
-            return 1
+            piece, self._first = self._first[: view.nbytes], self._first[view.nbytes :]
+            view[: len(piece)] = piece
+            return len(piece)
         count: int | None = self._rest.readinto(view)
         return count
 

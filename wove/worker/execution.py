@@ -11,6 +11,7 @@ from wove.worker.context import bind
 from wove.worker.courier import courier_for
 from wove.worker.fetching import FetchFailed, NotWanted
 from wove.worker.hooks import BackendHooks
+from wove.worker.pace import measured
 from wove.worker.session import Session
 
 if TYPE_CHECKING:
@@ -56,7 +57,12 @@ def run(
     """
     hooks = hooks or BackendHooks()
     session = _open(payload, backend)
-    if not session.may_start(redelivered=redelivered):
+    if session.assignment.batch is not None:
+        # Loaded by those who need it: RQ workers pay for imports once per job.
+        from wove.worker.batch import run_batch
+
+        return run_batch(session.assignment, backend, hooks, redelivered=redelivered)
+    if not session.may_start(redelivered=redelivered, unseen=hooks.unseen):
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
         hooks.refused(session)
         return False
@@ -65,13 +71,13 @@ def run(
     with courier_for(session.assignment.origin).caring_for(session):
         call = load_call(session, hooks)
         if call is None:
-            _keep(session, hooks)
+            keep(session, hooks)
             return False
         try:
-            with bind(session.context):
+            with bind(session.context), measured(session.assignment.function):
                 result = call()
                 if hasattr(result, "__await__"):
-                    result = _drive(result, session)
+                    result = drive(result, session)
         except BaseException as exc:
             _report_failure(session, exc, hooks)
             return False
@@ -95,7 +101,13 @@ async def arun(
 
     hooks = hooks or BackendHooks()
     session = await _in_thread(_open, payload, backend)
-    if not await _in_thread(lambda: session.may_start(redelivered=redelivered)):
+    if session.assignment.batch is not None:
+        from wove.worker.batch import run_batch
+
+        return bool(
+            await _in_thread(lambda: run_batch(session.assignment, backend, hooks, redelivered=redelivered))
+        )
+    if not await _in_thread(lambda: session.may_start(redelivered=redelivered, unseen=hooks.unseen)):
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
         hooks.refused(session)
         return False
@@ -103,10 +115,10 @@ async def arun(
     with courier_for(session.assignment.origin).caring_for(session):
         call = await _in_thread(load_call, session, hooks)
         if call is None:
-            await _in_thread(_keep, session, hooks)
+            await _in_thread(keep, session, hooks)
             return False
         try:
-            with bind(session.context):
+            with bind(session.context), measured(session.assignment.function):
                 if asyncio.iscoroutinefunction(call.func):
                     result = await supervise(call(), session)
                 else:
@@ -196,6 +208,13 @@ class Execution(Protocol):
         ...
 
 
+class Cancellable(Protocol):
+    """What a coroutine has to know of its execution."""
+
+    context: RunContext
+    on_cancel: Callable[[], None] | None
+
+
 class _Call:
     """The user's function with its arguments."""
 
@@ -228,16 +247,20 @@ def load_call(session: Execution, hooks: BackendHooks | None = None) -> _Call | 
         session.fail(exc, source="worker")
         raise
     except BaseException as exc:
-        worker = session.worker
-        exc.add_note(
-            f"the worker on {worker['host']} (pid {worker['pid']}) could not load {session.assignment.task_id} "
-            "or its arguments: install the code there that the submitter has (or set PYTHONPATH), or send it by value "
-            "with cloudpickle.register_pickle_by_value(module)"
-        )
+        exc.add_note(cannot_load(session.worker, session.assignment.task_id))
         if hooks is not None:
             hooks.ends(None, exc, source="worker")
         session.fail(exc, source="worker")
         raise
+
+
+def cannot_load(worker: Mapping[str, Any], task_id: str) -> str:
+    """Say what mends a call that its worker cannot load."""
+    return (
+        f"the worker on {worker['host']} (pid {worker['pid']}) could not load {task_id} "
+        "or its arguments: install the code there that the submitter has (or set PYTHONPATH), or send it by value "
+        "with cloudpickle.register_pickle_by_value(module)"
+    )
 
 
 def _report_result(session: Session, result: Any, hooks: BackendHooks) -> None:
@@ -250,12 +273,13 @@ def _report_result(session: Session, result: Any, hooks: BackendHooks) -> None:
     try:
         session.succeed(result)
     finally:
-        _keep(session, hooks, result=result)
+        keep(session, hooks, result=result)
 
 
-def _keep(
+def keep(
     session: Session, hooks: BackendHooks, *, result: Any = None, failure: BaseException | None = None
 ) -> None:
+    """Let the backend keep an outcome that nobody took."""
     try:
         if session.parked is not None:
             hooks.park(session.parked)
@@ -267,20 +291,20 @@ def _keep(
 
 def _report_failure(session: Session, exc: BaseException, hooks: BackendHooks) -> None:
     """Deliver the failure and raise it, or say that the backend will run the payload again."""
-    wanted = not (session.context.cancelled and _is_cancellation(exc))
+    wanted = not (session.context.cancelled and is_cancellation(exc))
     if wanted and hooks.runs_again(exc):
         session.retried(exc)
         raise exc
     try:
         report_failure(session, exc, hooks)
     except BaseException as reported:
-        _keep(session, hooks, failure=reported)
+        keep(session, hooks, failure=reported)
         raise
 
 
 def report_failure(session: Execution, exc: BaseException, hooks: BackendHooks | None = None) -> None:
     """Deliver the failure, then raise it, unless it was the cancellation that was asked for."""
-    if _is_cancellation(exc):
+    if is_cancellation(exc):
         if session.context.cancelled:
             session.acknowledge_cancel()
             return
@@ -293,7 +317,8 @@ def report_failure(session: Execution, exc: BaseException, hooks: BackendHooks |
     raise exc
 
 
-def _is_cancellation(exc: BaseException) -> bool:
+def is_cancellation(exc: BaseException) -> bool:
+    """Tell whether it is asyncio's CancelledError."""
     import sys
 
     # Only a process that has loaded asyncio can have raised its CancelledError.
@@ -301,7 +326,7 @@ def _is_cancellation(exc: BaseException) -> bool:
     return module is not None and isinstance(exc, module.CancelledError)
 
 
-def _drive(awaitable: Any, session: Session) -> Any:
+def drive(awaitable: Any, session: Cancellable) -> Any:
     """Run a coroutine to its end on an event loop of its own."""
     import asyncio
     import contextvars
@@ -334,7 +359,7 @@ def _drive(awaitable: Any, session: Session) -> Any:
     return result
 
 
-async def supervise(awaitable: Any, session: Execution) -> Any:
+async def supervise(awaitable: Any, session: Cancellable) -> Any:
     """Await in a task that the courier can cancel."""
     import asyncio
 

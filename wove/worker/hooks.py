@@ -13,9 +13,11 @@ class BackendHooks:
 
     Attributes:
         passed: what the task returned, when it is the backend that it speaks to.
+        unseen: whether the backend forgets a task that a worker has taken, should that die as a whole.
     """
 
     passed: Any = None
+    unseen: bool = False
 
     def refused(self, session: Session) -> None:
         """The run is not started: it is not wanted any more, or another worker is at it."""

@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from wove.worker.connection import down_since
 
@@ -33,6 +33,20 @@ LEAST_DELAY = 0.05
 #: Refusals after which there is no hope: wrong signatures do not become right ones.
 _MAX_REFUSALS = 3
 REFUSED_DELAY = (0.2, 1.0)
+
+
+class Outages(Protocol):
+    """What the processes of a fleet tell each other of callback servers that do not answer."""
+
+    def known_for(self, origin: str) -> float:
+        """Note that one does not answer; return for how many seconds that has been known. Does not raise."""
+
+    def over(self, origin: str) -> None:
+        """It has answered again. Does not raise."""
+
+
+#: Set where each outcome is delivered by a process of its own, which knows nothing of the outages of others.
+outages: Outages | None = None
 
 
 def retry_seconds() -> float:
@@ -70,7 +84,11 @@ def patience(assignment: Assignment, begun: float, *, cancelled: bool) -> float:
 
 
 def offer(
-    post: Callable[[], Reply], assignment: Assignment, seconds: float, what: str = "the outcome"
+    post: Callable[[], Reply],
+    assignment: Assignment,
+    seconds: float,
+    what: str = "the outcome",
+    marks: Outages | None = None,
 ) -> Reply | None:
     """Make a request until the callback server has decided.
 
@@ -79,6 +97,7 @@ def offer(
         assignment: the run.
         seconds: how long to try.
         what: what is offered, or asked for, for the log.
+        marks: where other processes note an outage, which is waited for once.
 
     Returns:
         Its answer: taken (2xx), not wanted (410), or too large (413); None when it gave none in time.
@@ -86,6 +105,7 @@ def offer(
     begun = time.monotonic()
     give_up = begun + seconds
     refusals = attempt = 0
+    marked = False
     while True:
         wait_for: float | None = None
         try:
@@ -93,9 +113,16 @@ def offer(
         except Exception as exc:
             # Without a connection, or with a reply that is none of a callback server's.
             problem = f"{type(exc).__name__}: {exc}"
-            down_since.setdefault(assignment.origin, time.monotonic())
+            if assignment.origin not in down_since:
+                waited = marks.known_for(assignment.origin) if marks is not None else 0.0
+                down_since[assignment.origin] = time.monotonic() - waited
+                give_up = min(give_up, max(begun + LEAST_RETRY, give_up - waited))
+                marked = True
         else:
             down_since.pop(assignment.origin, None)
+            if marked and marks is not None:
+                marks.over(assignment.origin)
+                marked = False
             if reply.status < 300 or reply.status in (410, 413):
                 return reply
             problem = f"the callback server answered {reply.status}"

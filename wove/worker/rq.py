@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from typing import Any
 
 from wove.wire import PARKED
+from wove.worker import offering
 from wove.worker.execution import run as _run
 from wove.worker.hooks import BackendHooks
 
@@ -14,6 +16,43 @@ logger = logging.getLogger("wove.worker")
 #: Seconds that such an outcome, and the result of work that nobody waited for, are kept.
 PARKED_SECONDS = 900
 KEPT_SECONDS = 24 * 3600
+#: Seconds after which Redis forgets that a callback server did not answer, if that is not noticed again.
+OUTAGE_SECONDS = 900
+
+
+class RqOutages:
+    """Outages, as Redis knows them: a work horse lives for one job, and would wait for each of them anew."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def known_for(self, origin: str) -> float:
+        """Note an outage; see :class:`wove.worker.offering.Outages`."""
+        name = _outage_name(origin)
+        try:
+            seconds, micros = self._connection.time()
+            now = seconds + micros / 1_000_000
+            with self._connection.pipeline() as pipeline:
+                pipeline.set(name, now, nx=True, ex=OUTAGE_SECONDS)
+                pipeline.expire(name, OUTAGE_SECONDS)
+                pipeline.get(name)
+                since = float(pipeline.execute()[-1])
+        except Exception as exc:
+            logger.info("whether others cannot reach %s either is not known: %s", origin, exc)
+            return 0.0
+        waited: float = now - since
+        return max(0.0, waited)
+
+    def over(self, origin: str) -> None:
+        """Forget an outage."""
+        try:
+            self._connection.delete(_outage_name(origin))
+        except Exception as exc:
+            logger.info("the end of the outage of %s was not noted: %s", origin, exc)
+
+
+def _outage_name(origin: str) -> str:
+    return f"wove:outage:{hashlib.sha256(origin.encode()).hexdigest()[:32]}"
 
 
 class RqHooks(BackendHooks):
@@ -21,6 +60,7 @@ class RqHooks(BackendHooks):
 
     def __init__(self, job: Any) -> None:
         self._job = job
+        offering.outages = RqOutages(job.connection)
 
     def runs_again(self, ending: Any) -> bool:
         """RQ's ``Retry``: of the job, for any exception, or returned by the task."""

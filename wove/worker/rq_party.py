@@ -72,9 +72,12 @@ class Party:
             pipeline.hmget(self._name, ("job", "closed"))
             pipeline.hkeys(self._name)
             (job, closed), names = pipeline.execute()
+        holder = _text(job)
+        if holder != self.job_id:
+            # Once all have left, the key may be another job's by now.
+            return bool(holder), []
         runs = [name.removeprefix(JOINED) for name in map(_text, names) if name.startswith(JOINED)]
-        # Another job may have the key by now.
-        return (bool(closed), runs) if _text(job) == self.job_id else (False, [])
+        return bool(closed), runs
 
     def payload(self, run_id: str) -> bytes | None:
         """Return the payload with which a run has joined."""

@@ -85,8 +85,11 @@ class Attendance(threading.Thread):
         for run_id in runs:
             if run_id not in self._others and run_id not in self._ignored and not self._over:
                 self._welcome(run_id)
-        if closed and any(session.context.cancelled for session in list(self._others.values())):
-            # The last one has left, and it was not the one in whose name the job is executed.
+        others = list(self._others.values())
+        # The last one has left, and it was not the one in whose name the job is executed; it may have been too
+        # quick to be welcomed.
+        told = any(session.context.cancelled for session in others)
+        if closed and (told or all(session.unwanted for session in [self._session, *others])):
             self._session.cancel()
 
     def _welcome(self, run_id: str) -> None:

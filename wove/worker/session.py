@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.errors import EncodeError, lost, normalize_exception
-from wove.remote_errors import encode_exception
 from wove.security import event_tag, reply_tag, same
 from wove.wire import encode_value, pack_message, park
-from wove.worker.connection import Reply, clock_offsets, request
+from wove.worker import offering
+from wove.worker.connection import Reply, clock_offsets, request, withdrawals
 from wove.worker.context import RunContext
 from wove.worker.offering import offer, patience, retry_after
+from wove.worker.pace import is_short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,10 @@ logger = logging.getLogger("wove.worker")
 
 #: A payload younger than this, in seconds, starts without asking: hardly anybody had time to cancel it.
 FRESH = 0.01
+#: A payload younger than this, in seconds, also starts without asking when its callback server has taken no
+#: run back since it was made, as one of its replies has told within so many seconds.
+SETTLED = 30.0
+RECENT = 0.02
 #: Seconds by which a deadline must be over, where the submitter's clock is known and where not.
 OVERDUE_KNOWN = 2.0
 OVERDUE_UNKNOWN = 10.0
@@ -52,7 +57,7 @@ ENVELOPE_ALLOWANCE = 64 * 1024
 #: Progress and log frames that wait at most; then the oldest are dropped.
 MAX_PENDING = 1_000
 
-_CONTENT_TYPE = "application/msgpack"
+CONTENT_TYPE = "application/msgpack"
 
 
 class Session:
@@ -96,27 +101,45 @@ class Session:
 
     # --- before the task ------------------------------------------------------
 
-    def may_start(self, *, redelivered: bool | int = False) -> bool:
+    def may_start(self, *, redelivered: bool | int = False, unseen: bool = False) -> bool:
         """Ask whether the run is still wanted, where it may not be.
 
         A run that waited long enough to be cancelled, or that the broker delivers again,
-        is asked for; one that was submitted this moment is not, to save the round trip.
+        is asked for; one that was submitted this moment is not, to save the round trip, nor one
+        of many that were submitted together when none of them was cancelled.
         Without an answer the task is run: a callback server that is out for a moment
         must not lose work. But not when the caller's deadline is over, too: then it has
         given up, and gone.
+
+        Args:
+            redelivered: whether the payload is delivered again, or how often it was executed before.
+            unseen: nobody would notice if the whole worker died before it has spoken of the run. So it asks,
+                unless the task is known to be over by the time at which it would speak.
         """
         if not self.assignment.attended:
             return True
         # How often the backend itself has run the payload before, where it counts that.
         self._retry = redelivered if type(redelivered) is int else 0
         offset = clock_offsets.get(self.assignment.origin)
-        if not redelivered and offset is not None:
-            age = time.time() + offset - self.assignment.sent_at
-            if abs(age) < FRESH:
-                return True
+        unseen = unseen and not is_short(self.assignment.function)
+        unasked = offset is not None and not (redelivered or self.assignment.ask or unseen)
+        age = time.time() + (offset or 0.0) - self.assignment.sent_at
+        if unasked and abs(age) < FRESH:
+            return True
         if offset is not None and self.assignment.overdue(offset, OVERDUE_KNOWN):
             return False
+        if unasked and -FRESH < age < SETTLED and self._nothing_withdrawn():
+            return True
         return self._ask(offset)
+
+    def _nothing_withdrawn(self) -> bool:
+        """Tell whether no run was cancelled, closed or submitted again since the payload was made."""
+        task = self.assignment
+        # What others share, or what outlives its submitter, is another matter.
+        if task.withdrawn is None or task.shared_by is not None or task.keep:
+            return False
+        told_at, withdrawn = withdrawals.get(task.origin, (0.0, ""))
+        return withdrawn == str(task.withdrawn) and time.monotonic() - told_at < RECENT
 
     def _ask(self, offset: float | None) -> bool:
         give_up = time.monotonic() + ASK_PATIENCE
@@ -151,14 +174,20 @@ class Session:
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Queue a progress or log frame; a courier thread sends it soon."""
+        self._queue(lambda: self._frame(kind, **fields))
+
+    def _queue(self, make: Callable[[], frames.Frame]) -> None:
         with self._lock:
             if self._finished:
                 return
             if len(self._pending) >= MAX_PENDING:
                 del self._pending[0]
-            self._pending.append(self._frame(kind, **fields))
+            self._pending.append(make())
         if self.notify is not None:
             self.notify()
+
+    def withdraw(self, text: str) -> None:
+        """Take in which runs of a batch are not wanted any more; this is none."""
 
     def cancel(self) -> None:
         """The caller no longer wants the result."""
@@ -177,6 +206,20 @@ class Session:
     def has_news(self) -> bool:
         """Whether frames wait to be sent (the first of all says that the task has started)."""
         return (bool(self._pending) or not self._started) and time.monotonic() >= self._report_again
+
+    @property
+    def beat_word(self) -> str:
+        """How the line of a beat begins; a task that takes its time to stop has been told already."""
+        return "stopping" if self.context.cancelled else "run"
+
+    @property
+    def beat_rest(self) -> str:
+        """How the line of a beat ends."""
+        return ""
+
+    def attend(self, now: float) -> float:
+        """Do what is due beside reports and beats, in the courier's thread; return when something else will be."""
+        return float("inf")
 
     def report(self) -> bool:
         """Send frames that wait, as many as one request holds.
@@ -251,6 +294,9 @@ class Session:
         attachments: list[Buffer] = []
         error = normalize_exception(exc, source=source)
         try:
+            # Not with this module: a forking worker would load it for each job that ends well.
+            from wove.remote_errors import encode_exception
+
             described = encode_exception(exc, attachments, plain=self.assignment.plain)
         except Exception:
             described, attachments = [], []
@@ -319,6 +365,7 @@ class Session:
                 patience(task, self.begun, cancelled=self.context.cancelled)
                 if self._patience is None
                 else self._patience,
+                marks=offering.outages,
             )
         except BaseException:
             # A time limit of the backend strikes: whether the outcome has arrived is not known.
@@ -347,7 +394,7 @@ class Session:
             )
             body = self._body([self._frame(frames.TASK_ERROR, error=error)], [])
         task = self.assignment
-        return park(task.kid, event_tag(task.key, task.run_id, _CONTENT_TYPE, True, body), body)
+        return park(task.kid, event_tag(task.key, task.run_id, CONTENT_TYPE, True, body), body)
 
     # --- on the wire ----------------------------------------------------------
 
@@ -363,20 +410,26 @@ class Session:
     def _post(
         self, batch: list[frames.Frame], attachments: Sequence[Buffer], *, final: bool, timeout: float = 10.0
     ) -> Reply:
-        body = self._body(batch, attachments)
+        return self._send(self._body(batch, attachments), final=final, timeout=timeout)
+
+    def _send(self, body: list[Buffer], *, final: bool, timeout: float = 10.0) -> Reply:
         task = self.assignment
-        tag = event_tag(task.key, task.run_id, _CONTENT_TYPE, final, body)
+        tag = event_tag(task.key, task.run_id, CONTENT_TYPE, final, body)
         headers = {
-            "Content-Type": _CONTENT_TYPE,
+            "Content-Type": CONTENT_TYPE,
             "Wove-Key": task.kid,
             "Wove-Signature": tag.hex(),
             "Wove-Final": "1" if final else "0",
         }
         reply = request(task.origin, "POST", self._path, headers, body, timeout=timeout)
-        cancel = reply.headers.get("wove-cancel")
-        if cancel is not None and _signed(cancel, reply_tag(task.key, tag, b"cancel")):
-            self.cancel()
+        self._heed(reply, tag)
         return reply
+
+    def _heed(self, reply: Reply, tag: bytes) -> None:
+        """Take in what a reply says beside its status."""
+        cancel = reply.headers.get("wove-cancel")
+        if cancel is not None and _signed(cancel, reply_tag(self.assignment.key, tag, b"cancel")):
+            self.cancel()
 
 
 def encode_result(result: Any, attachments: list[Buffer], *, plain: bool) -> list[Any]:

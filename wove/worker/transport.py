@@ -37,6 +37,33 @@ def connect(origin: str, timeout: float = TIMEOUT) -> HTTPConnection:
     return http.client.HTTPConnection(host, timeout=timeout)
 
 
+def open_connection(connection: HTTPConnection, timeout: float) -> None:
+    """Open a connection that leads straight to the callback server.
+
+    Raises:
+        OSError: it cannot be had.
+    """
+    import http.client
+    import socket
+    import sys
+
+    connection.timeout = timeout
+    patched = "gevent" in sys.modules or "eventlet" in sys.modules
+    if type(connection) is not http.client.HTTPConnection or not connection.host.isascii() or patched:
+        connection.connect()
+        return
+    # As bytes: of a text Python makes an international name, by codecs that a forking worker would load for
+    # each job.
+    address: Any = (connection.host.encode("ascii"), connection.port)
+    connection.sock = socket.create_connection(address, timeout)
+    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def leads_straight(connection: HTTPConnection) -> bool:
+    """Tell whether what is written to the connection's socket reaches the callback server as it is."""
+    return not hasattr(connection, "forwards")
+
+
 def client_context() -> ssl.SSLContext:
     """Return the TLS settings of this worker: ``WOVE_CA``, ``WOVE_CERT``, ``WOVE_KEY``.
 
@@ -113,6 +140,8 @@ def _through(proxy: str, scheme: str, host: str, origin: str, timeout: float) ->
         return tunnel
 
     class Forwarded(http.client.HTTPConnection):
+        forwards = True
+
         def putrequest(self, method: str, url: str, *args: Any, **kwargs: Any) -> None:
             super().putrequest(method, origin + url, *args, **kwargs)
             for name, value in headers.items():

@@ -188,6 +188,7 @@ class Payload:
         secret: str | None = None,
         delivery: dict[str, Any] | None = None,
         shared: SharedCallable | None = None,
+        withdrawn: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.run_id = secrets.token_hex(16)
@@ -208,7 +209,9 @@ class Payload:
         if shared is not None:
             self.frame["shared"] = shared
         ring = find_secrets(secret)
-        built = build_payload(self.frame, environment=ENVIRONMENT, ring=ring, callback_url=callback_url)
+        built = build_payload(
+            self.frame, environment=ENVIRONMENT, ring=ring, callback_url=callback_url, withdrawn=withdrawn
+        )
         self.blob: bytes = built.blob
         self.nonce: bytes = built.nonce
         self.message: list[Buffer] | None = built.message

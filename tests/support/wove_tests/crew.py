@@ -148,8 +148,15 @@ class Crew:
             slot.worker.start()
             slot.worker.wait_ready()
         elif not slot.worker.running:
+            self._forget_its_work(name)
             slot.replace()
         return slot
+
+    def _forget_its_work(self, name: str) -> None:
+        """Take what a killed RQ worker was at for over, as RQ does after minutes."""
+        if self._posts[name].executor == "rq":
+            with Redis.from_url(self.url(name)) as client:
+                client.delete(f"rq:wip:{name}")
 
     def new_worker(self, name: str) -> ManagedProcess:
         """Return one more worker for that place's queue, not started yet."""

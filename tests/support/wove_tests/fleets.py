@@ -235,7 +235,10 @@ class Fleets:
 
 
 def _expected(key: bytes) -> bool:
-    return key.startswith((b"_kombu.", b"rq:worker", b"rq:queues", b"rq:clean_", b"rq:pubsub"))
+    # What a fleet notes of a callback server that was away is forgotten after a while.
+    return key.startswith(
+        (b"_kombu.", b"rq:worker", b"rq:queues", b"rq:clean_", b"rq:pubsub", b"wove:outage:")
+    )
 
 
 _SUBMITTER_CONFIG: dict[str, Callable[[Fleets, Fleet], dict[str, Any]]] = {

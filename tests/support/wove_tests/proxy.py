@@ -31,6 +31,8 @@ _LOOPBACK = "127.0.0.1"
 _CHUNK = 64 * 1024
 _BACKLOG = 512
 _SWITCH_SECONDS = 5.0
+#: Seconds without another piece of a request after which it is taken to be whole.
+_WHOLE_AFTER = 0.05
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -72,6 +74,8 @@ class _Link:
         self.spoiled = False
         #: Bytes of the response to the latest request that have passed.
         self.answered = 0
+        #: When a piece of a request last came, by the loop's clock.
+        self.asked_at = 0.0
 
     def cut(self, *, reset: bool = False) -> None:
         """End both connections; what they still hold is dropped."""
@@ -153,7 +157,7 @@ class TcpProxy:
         self._switch(_in_direction("black_hole", direction, _Passage(swallow=True)))
 
     def cut_after_commit(self, before: int = 1) -> None:
-        """Let requests through, and cut before byte ``before`` (from 1) of the response reaches the client."""
+        """Let whole requests through, and cut before byte ``before`` (from 1) of the response reaches the client."""
         self._switch(_in_direction("cut_after_commit", "response", _Passage(cut_before=before)))
 
     def latency(self, seconds: float, jitter: float = 0.0, direction: Direction = "both") -> None:
@@ -265,6 +269,7 @@ class TcpProxy:
                 return
             if way == "request":
                 link.answered = 0
+                link.asked_at = self._loop.time()
             await self._pass_on(link, data, writer, passage)
 
     async def _pass_on(
@@ -284,6 +289,9 @@ class TcpProxy:
             if passage.piece:
                 await asyncio.sleep(passage.pause)
         if last:
+            # A server may begin to answer before it has all of a request, such as the EXEC that ends it.
+            while self._loop.time() - link.asked_at < _WHOLE_AFTER:
+                await asyncio.sleep(_WHOLE_AFTER / 5)
             raise _Cut
 
 

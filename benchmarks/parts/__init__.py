@@ -1,0 +1,1 @@
+"""The parts of the benchmark; the entry is ``benchmarks/bench.py``."""

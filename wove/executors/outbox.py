@@ -1,0 +1,690 @@
+"""What leaves an environment for its backend: collected, encoded, signed, opened at the listener, handed over together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol
+
+from wove import frames
+from wove.backend import build_batch, build_payload, encode_row, failure_webhook, job_id
+from wove.errors import EncodeError, SubmitError, lost
+from wove.executors.batching import LINGER_SECONDS
+from wove.executors.watch import Watch, WatchedRun
+from wove.threads import DaemonPool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from typing_extensions import Buffer
+
+    from wove.backend import BuiltPayload
+    from wove.executors.base import FrameChannel
+    from wove.executors.batching import Batching
+    from wove.executors.lane import Lane
+    from wove.frames import Frame
+    from wove.security import SecretRing
+    from wove.shared_parts import Part
+    from wove.tables import Row
+
+    #: Called in the caller's loop with what refused a run, or None.
+    Done = Callable[[BaseException | None], None]
+    #: The callable, its name, and what is said of the delivery: what the runs of a batch have in common.
+    _Kind = tuple[int, str, int]
+
+logger = logging.getLogger("wove.executors")
+
+#: Seconds that handing over what leaves together may take.
+SUBMIT_SECONDS = 30.0
+#: Runs that are looked at together at most.
+MAX_TOGETHER = 1000
+#: Threads for encoding and handing over: one that hangs does not stop the others.
+SENDERS = 4
+#: Bytes of arguments in one batch at most.
+MAX_BATCH_BYTES = 192 * 1024
+
+_STOPPED = "the environment was stopped"
+
+
+class Adapter(Protocol):
+    """What takes payloads; see :class:`wove.adapters.base.BackendAdapter`."""
+
+    @property
+    def submits_blocking(self) -> bool:
+        """Whether its client blocks anyway."""
+
+    async def submit_many(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        """Hand payloads over."""
+
+    def submit_blocking(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
+        """Hand payloads over, in a thread that may block."""
+
+
+class KnownRun(WatchedRun, Protocol):
+    """What the callback server knows of a run; see ``wove.callback_server.runs.OpenRun``."""
+
+    nonce: bytes
+    message: list[Buffer] | None
+
+
+class Listener(Protocol):
+    """Where runs are opened; see ``wove.callback_server.hub.Lease``."""
+
+    @property
+    def withdrawn(self) -> int | None:
+        """How often, so far, it has taken back what was submitted."""
+
+    def find(self, run_id: str) -> KnownRun | None:
+        """Return an open run, or batch."""
+
+    def open_new(self, **settings: Any) -> None:
+        """Take events for a run."""
+
+    def open_batch(self, **settings: Any) -> None:
+        """Take events for a batch and its members."""
+
+    def renew_run(
+        self, run: Any, attempt: int, message: list[Buffer] | None, part: Part | None = None
+    ) -> None:
+        """Begin another attempt."""
+
+    def close_run(self, run_id: str) -> None:
+        """Take no more events for a run, or batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all payloads of an environment have in common; see :func:`wove.backend.build_payload`."""
+
+    environment: str
+    ring: SecretRing
+    callback_url: str
+    max_body: int
+    expires: float | None
+    plain: bool
+    webhook: bool
+
+
+class Waiting:
+    """A run on its way to the adapter."""
+
+    __slots__ = ("cancelled", "done", "frame")
+
+    def __init__(self, frame: Frame, done: Done) -> None:
+        self.frame = frame
+        self.done = done
+        self.cancelled = False
+
+
+class Parcel:
+    """One payload for the adapter, with one run or several.
+
+    Attributes:
+        members: the runs.
+        frame: what the adapter is told.
+        together: whether this is a batch.
+        built: the payload.
+        result: what the adapter knows it by, or what refused it.
+    """
+
+    __slots__ = ("built", "frame", "members", "result", "together")
+
+    def __init__(self, members: list[Waiting], frame: Frame, *, together: bool) -> None:
+        self.members = members
+        self.frame = frame
+        self.together = together
+        self.built: BuiltPayload | None = None
+        self.result: Any = None
+
+
+class Outbox:
+    """Submits the runs of one environment.
+
+    Args:
+        terms: what its payloads have in common.
+        adapter: takes payloads.
+        lane: where the adapter's methods are called.
+        lease: where runs are opened before they are submitted.
+        channel: takes events that arise here.
+        watch: watches runs that were submitted.
+        batching: decides which runs travel together.
+    """
+
+    def __init__(
+        self,
+        terms: Terms,
+        adapter: Adapter,
+        lane: Lane,
+        lease: Listener,
+        channel: FrameChannel,
+        watch: Watch,
+        batching: Batching,
+    ) -> None:
+        self._terms = terms
+        self._adapter = adapter
+        self._lane = lane
+        self._lease = lease
+        self._channel = channel
+        self._watch = watch
+        self._batching = batching
+        self._loop = asyncio.get_running_loop()
+        self._senders = DaemonPool(SENDERS, f"wove-submit-{terms.environment}")
+        self._waiting: list[Waiting] = []
+        #: Runs that travel with others, by what they have to have in common for that, and since when they wait.
+        self._held: dict[_Kind, deque[Waiting]] = {}
+        self._held_since: dict[_Kind, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        #: Runs that were not handed over yet, to find those that are cancelled meanwhile.
+        self._on_the_way: dict[str, Waiting] = {}
+        self._flushing: asyncio.Task[None] | None = None
+        self._stopped = False
+        #: Runs that were sent and have no outcome yet, with what the adapter knows them by.
+        self._open: dict[str, Any] = {}
+        #: Those of them that travel in a batch: how they were called, and in which.
+        self._members: dict[str, tuple[Frame, str]] = {}
+        #: By batch, how many of its members are wanted; by task, how many batches that is.
+        self._wanted: dict[str, int] = {}
+        self._messages: Counter[str] = Counter()
+        #: Called, in the caller's loop, with a run that was cancelled while it was being submitted,
+        #: and with what the adapter knows it by, or what refused it.
+        self.on_late_cancel: Callable[[Frame, Any], None] = _nothing
+
+    # --- in the caller's loop -------------------------------------------------------
+
+    def post(self, frame: Frame, done: Done) -> None:
+        """Submit a run; what is submitted in one turn of the loop, or while others are under way, leaves together."""
+        waiting = Waiting(frame, done)
+        run_id = frame["run_id"]
+        self._on_the_way[run_id] = waiting
+        self._open[run_id] = None
+        if self._batching.takes(frame):
+            kind = (id(frame["callable"]), frame["task_id"], id(frame["delivery"]))
+            held = self._held.get(kind)
+            if held is None:
+                held = self._held[kind] = deque()
+                self._held_since[kind] = self._loop.time()
+            held.append(waiting)
+        else:
+            self._waiting.append(waiting)
+        self._start_flushing()
+
+    def _start_flushing(self) -> None:
+        if (self._flushing is None or self._flushing.done()) and not self._stopped:
+            self._flushing = self._loop.create_task(self._flush(), name="wove-flush")
+
+    async def submit(self, frame: Frame) -> None:
+        """Submit a run, and wait until it was accepted.
+
+        Raises:
+            Exception: it was not.
+        """
+        accepted = self._loop.create_future()
+
+        def done(exc: BaseException | None) -> None:
+            if accepted.done():
+                return
+            if exc is None:
+                accepted.set_result(None)
+            else:
+                accepted.set_exception(exc)
+
+        self.post(frame, done)
+        try:
+            await accepted
+        except asyncio.CancelledError:
+            self.recall(frame["run_id"])
+            raise
+
+    def recall(self, run_id: str) -> None:
+        """A run that was not handed over yet is not wanted any more."""
+        waiting = self._on_the_way.get(run_id)
+        if waiting is not None:
+            waiting.cancelled = True
+
+    def ended(self, run_id: str) -> None:
+        """A run has its outcome."""
+        self._open.pop(run_id, None)
+        if self._members:
+            self._let_go(run_id)
+
+    def take(self, run_id: str) -> Any:
+        """Forget a run and return what the adapter knows it by."""
+        return self._open.pop(run_id, None)
+
+    def set(self, run_id: str, submission: Any) -> None:
+        """Remember what the adapter knows a run by."""
+        self._open[run_id] = submission
+
+    def unwanted(self, run_id: str, batch: str) -> bool:
+        """A member of a batch is cancelled; tell whether no other of the batch is wanted either."""
+        self._let_go(run_id)
+        return batch not in self._wanted
+
+    def _let_go(self, run_id: str) -> None:
+        member = self._members.pop(run_id, None)
+        if member is None:
+            return
+        frame, batch = member
+        left = self._wanted.get(batch, 1) - 1
+        if left:
+            self._wanted[batch] = left
+            return
+        self._wanted.pop(batch, None)
+        self._messages[frame["task_id"]] -= 1
+        if not self._messages[frame["task_id"]]:
+            del self._messages[frame["task_id"]]
+        if self._held:  # a worker may be free for them
+            self._start_flushing()
+
+    def take_back(self, run_id: str, task_id: str) -> None:
+        """A worker has given a run back that it had not begun: submit it again, alone."""
+        member = self._members.get(run_id)
+        self._let_go(run_id)
+        if self._stopped:
+            return
+        if member is None:  # it was cancelled this moment, and never starts
+            self._channel.put([frames.event(frames.TASK_CANCELLED, run_id, task_id, 1, 2**31)])
+            return
+        frame = {**member[0], "delivery": {**member[0]["delivery"], "alone": True}}
+
+        def done(exc: BaseException | None) -> None:
+            if exc is None:
+                return
+            # Its first submission was accepted, so this is no refusal but a loss.
+            error = lost(f"a worker gave it back, and it could not be submitted again: {exc}")
+            self._channel.put(
+                [frames.event(frames.TASK_ERROR, run_id, frame["task_id"], 1, 2**31, error=error)]
+            )
+
+        self.post(frame, done)
+
+    def stop(self) -> None:
+        """Submit nothing any more."""
+        self._stopped = True
+        if self._flushing is not None:
+            self._flushing.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._senders.close()
+        self._open.clear()
+        self._members.clear()
+        self._wanted.clear()
+
+    # --- handing over ---------------------------------------------------------------
+
+    async def _flush(self) -> None:
+        while not self._stopped:
+            alone, self._waiting = self._waiting[:MAX_TOGETHER], self._waiting[MAX_TOGETHER:]
+            together = self._draw()
+            if not alone and not together:
+                return
+            everybody = [*alone, *chain.from_iterable(together)]
+            try:
+                parcels = await self._hand_over(alone, together)
+            except Exception as exc:
+                parcels = [_refused(waiting, _copy(exc)) for waiting in everybody]
+            except BaseException:
+                for waiting in everybody:
+                    self._settle(_refused(waiting, SubmitError(_STOPPED)))
+                raise
+            self._recount(together, parcels)
+            for parcel in parcels:
+                self._settle(parcel)
+
+    def _recount(self, together: list[list[Waiting]], parcels: list[Parcel]) -> None:
+        """Correct how many messages are on their way: runs turned out to be large, or to be cancelled."""
+        self._messages.subtract(Counter(message[0].frame["task_id"] for message in together))
+        self._messages.update(Counter(parcel.frame["task_id"] for parcel in parcels if parcel.together))
+
+    def _draw(self) -> list[list[Waiting]]:
+        """Take those of the held runs that are to leave now, message by message."""
+        messages: list[list[Waiting]] = []
+        now = self._loop.time()
+        for kind, held in tuple(self._held.items()):
+            waited = now - self._held_since[kind]
+            plan = self._batching.plan(kind[1], len(held), self._messages[kind[1]], len(self._open), waited)
+            messages.extend([held.popleft() for _ in range(length)] for length in plan)
+            self._messages[kind[1]] += len(plan)
+            if not held:
+                del self._held[kind], self._held_since[kind]
+            elif plan:
+                self._held_since[kind] = now
+        if self._held and (self._timer is None or self._timer.when() <= now):
+            # Whatever was expected: nothing waits for long.
+            self._timer = self._loop.call_later(LINGER_SECONDS, self._start_flushing)
+        return messages
+
+    async def _hand_over(self, alone: list[Waiting], together: list[list[Waiting]]) -> list[Parcel]:
+        """Encode, sign and submit, in other threads: a large argument, or a slow broker, holds up no loop."""
+        abandoned = _Abandoned()
+        try:
+            async with asyncio.timeout(SUBMIT_SECONDS) as limit:
+                sending = self._senders.submit(self._send, alone, together, abandoned)
+                parcels: list[Parcel] = await asyncio.wrap_future(sending)
+                if not self._adapter.submits_blocking:
+                    ready = _ready(parcels)
+                    if ready:
+                        _note(
+                            ready,
+                            await self._lane.call(
+                                partial(self._adapter.submit_many, self._described(ready)),
+                                SUBMIT_SECONDS,
+                                "submit",
+                            ),
+                        )
+                return parcels
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise SubmitError(
+                f"the adapter's submit() took longer than {SUBMIT_SECONDS:g} s", maybe_accepted=True
+            ) from None
+        finally:
+            abandoned.yes = True
+
+    def _send(
+        self, alone: list[Waiting], together: list[list[Waiting]], abandoned: _Abandoned
+    ) -> list[Parcel]:
+        """Encode and sign what leaves together; hand it over where the adapter's client blocks anyway."""
+        parcels = [self._pack_alone(waiting) for waiting in alone]
+        for message in together:
+            parcels.extend(self._pack_message(message))
+        for parcel in parcels:
+            if parcel.result is None and not abandoned.yes:
+                try:
+                    self._open_at_listener(parcel)
+                except Exception as exc:
+                    parcel.result = exc if isinstance(exc, SubmitError) else _copy(exc)
+        ready = _ready(parcels)
+        if self._adapter.submits_blocking and ready and not abandoned.yes:
+            try:
+                results: Sequence[Any] = self._adapter.submit_blocking(self._described(ready))
+            except Exception as exc:
+                results = [_copy(exc) for _ in ready]
+            except BaseException as exc:
+                # SystemExit would end this thread.
+                error = SubmitError(f"the adapter's submit_blocking() raised {type(exc).__name__}: {exc}")
+                results = [_copy(error) for _ in ready]
+            _note(ready, results)
+        return parcels
+
+    def _described(self, parcels: list[Parcel]) -> list[tuple[bytes, Frame]]:
+        return [(p.built.blob, self._public(p.frame, p.built)) for p in parcels if p.built is not None]
+
+    def _public(self, frame: Frame, built: BuiltPayload) -> Frame:
+        terms = self._terms
+        if not terms.webhook or frame["delivery"].get("attended") is False:
+            return frame
+        webhook = failure_webhook(
+            frame["run_id"],
+            built.nonce,
+            environment=terms.environment,
+            ring=terms.ring,
+            callback_url=terms.callback_url,
+            job=job_id(frame),
+        )
+        return {**frame, "failure_webhook": webhook}
+
+    # --- encoding ------------------------------------------------------------------
+
+    def _pack_message(self, message: list[Waiting]) -> list[Parcel]:
+        """Make one payload of runs, or more where they turn out to be large."""
+        parcels: list[Parcel] = []
+        chunk: list[tuple[Waiting, Row]] = []
+        held = 0
+        for waiting in message:
+            row = None if waiting.cancelled else _row(waiting.frame, plain=self._terms.plain)
+            if row is None:
+                parcels.append(self._pack_alone(waiting))
+                continue
+            if held + len(row[2]) > MAX_BATCH_BYTES:
+                parcels.extend(self._pack_together(chunk))
+                chunk, held = [], 0
+            chunk.append((waiting, row))
+            held += len(row[2])
+        if chunk:
+            parcels.extend(self._pack_together(chunk))
+        return parcels
+
+    def _pack_alone(self, waiting: Waiting) -> Parcel:
+        terms = self._terms
+        parcel = Parcel([waiting], waiting.frame, together=False)
+        if waiting.cancelled:
+            parcel.result = SubmitError("cancelled before it was submitted")
+            return parcel
+        try:
+            parcel.built = build_payload(
+                waiting.frame,
+                environment=terms.environment,
+                ring=terms.ring,
+                callback_url=terms.callback_url,
+                max_body=terms.max_body,
+                nonce=self._nonce(waiting.frame),
+                expires=terms.expires,
+                plain=terms.plain,
+                withdrawn=self._lease.withdrawn,
+            )
+        except Exception as exc:
+            parcel.result = exc
+        except BaseException as exc:
+            # An argument whose pickling exits: an error of its own run only.
+            parcel.result = EncodeError(f"encoding the arguments raised {type(exc).__name__}: {exc}")
+        return parcel
+
+    def _pack_together(self, chunk: list[tuple[Waiting, Row]]) -> list[Parcel]:
+        terms = self._terms
+        first = chunk[0][0].frame
+        frame = {
+            "type": frames.RUN_TASK,
+            "run_id": secrets.token_hex(16),
+            "task_id": first["task_id"],
+            "callable": first["callable"],
+            "args": {},
+            "delivery": first["delivery"],
+            "runs": len(chunk),
+            "shared": first.get("shared"),
+        }
+        parcel = Parcel([waiting for waiting, _ in chunk], frame, together=True)
+        try:
+            parcel.built = build_batch(
+                frame,
+                [row for _, row in chunk],
+                environment=terms.environment,
+                ring=terms.ring,
+                callback_url=terms.callback_url,
+                max_body=terms.max_body,
+                expires=terms.expires,
+                plain=terms.plain,
+                withdrawn=self._lease.withdrawn,
+            )
+        except BaseException:
+            # A callable that is too large to travel with others, or cannot be sent: each run finds out by itself.
+            return [self._pack_alone(waiting) for waiting, _ in chunk]
+        return [parcel]
+
+    def _nonce(self, frame: Frame) -> bytes | None:
+        # What earlier attempts say is signed with keys from the same nonce.
+        known = self._lease.find(frame["run_id"])
+        return known.nonce if known is not None else None
+
+    # --- at the listener -------------------------------------------------------------
+
+    def _open_at_listener(self, parcel: Parcel) -> None:
+        """Open what is about to be submitted: a fast worker may report before the broker has answered us."""
+        if parcel.built is None:
+            raise SubmitError(_STOPPED)
+        if parcel.together:
+            self._open_batch(parcel, parcel.built)
+        else:
+            self._open_run(parcel.frame, parcel.built)
+
+    def _open_batch(self, parcel: Parcel, built: BuiltPayload) -> None:
+        batch = parcel.frame["run_id"]
+        self._wanted[batch] = len(parcel.members)
+        self._members.update({waiting.frame["run_id"]: (waiting.frame, batch) for waiting in parcel.members})
+        self._lease.open_batch(
+            run_ids=[waiting.frame["run_id"] for waiting in parcel.members],
+            on_timing=self._batching.listener(parcel.frame["task_id"]),
+            **self._settings(parcel.frame, built),
+        )
+
+    def _open_run(self, frame: Frame, built: BuiltPayload) -> None:
+        delivery = frame.get("delivery") or {}
+        if delivery.get("attended") is False:
+            return  # nobody waits for it: it was put back on the queue as we stop
+        attempt = delivery.get("attempt", 1)
+        known = self._lease.find(frame["run_id"])
+        if known is None and attempt > 1:
+            raise SubmitError("the run has ended meanwhile")
+        if known is None:
+            self._lease.open_new(**self._settings(frame, built), message=built.message, attempt=attempt)
+        elif known.attempt != attempt:
+            self._lease.renew_run(known, attempt, built.message, built.part)
+        elif not known.cancelled:
+            known.message = built.message
+
+    def _settings(self, frame: Frame, built: BuiltPayload) -> dict[str, Any]:
+        terms = self._terms
+        return {
+            "run_id": frame["run_id"],
+            "task_id": frame["task_id"],
+            "environment": terms.environment,
+            "ring": terms.ring,
+            "nonce": built.nonce,
+            "sink": self._channel.put,
+            "max_body": terms.max_body,
+            "heartbeat": (frame.get("delivery") or {}).get("heartbeat_seconds"),
+            "on_suspect": self._watch.suspect,
+            "plain": terms.plain,
+            "part": built.part,
+        }
+
+    # --- what became of it -------------------------------------------------------------
+
+    def _settle(self, parcel: Parcel) -> None:
+        for waiting in parcel.members:
+            self._on_the_way.pop(waiting.frame["run_id"], None)
+        if parcel.together:
+            self._settle_batch(parcel)
+        else:
+            self._settle_run(parcel.members[0], parcel.result)
+
+    def _settle_batch(self, parcel: Parcel) -> None:
+        result, batch = parcel.result, parcel.frame["run_id"]
+        known = self._lease.find(batch)
+        refused = isinstance(result, BaseException)
+        if refused and known is not None and isinstance(result, SubmitError) and known.started:
+            refused, result = False, result.submission  # only the answer was lost
+        if refused:
+            for waiting in parcel.members:
+                self._settle_run(waiting, _copy(result))
+            if known is not None and not parcel.frame["delivery"].get("again"):
+                self._lease.close_run(batch)
+            return
+        if known is not None:
+            self._opened(known, result)
+        for waiting in parcel.members:
+            if waiting.cancelled:
+                self.on_late_cancel(waiting.frame, result)
+                continue
+            run_id = waiting.frame["run_id"]
+            if run_id in self._open:  # its outcome may have been faster
+                self._open[run_id] = result
+            waiting.done(None)
+
+    def _settle_run(self, waiting: Waiting, result: Any) -> None:
+        run_id = waiting.frame["run_id"]
+        known = self._lease.find(run_id)
+        refused = isinstance(result, BaseException)
+        if refused and known is not None and _has_it(known, waiting.frame, result):
+            # Only the backend's answer was lost: a worker has it.
+            refused, result = False, result.submission
+        # A run that is submitted again keeps its place, and what is said of this attempt is known.
+        again = waiting.frame["delivery"].get("again") and isinstance(result, SubmitError)
+        if refused and self._members:
+            self._let_go(run_id)
+        if refused and not again:
+            self._lease.close_run(run_id)
+        if waiting.cancelled:
+            self.on_late_cancel(waiting.frame, result)
+        elif refused:
+            if again and result.maybe_accepted and known is not None:
+                self._doubt(known, result.submission)
+            else:
+                self._open.pop(run_id, None)
+            waiting.done(result)
+        else:
+            if run_id in self._open:  # its outcome may have been faster
+                self._open[run_id] = result
+            if known is not None:
+                self._opened(known, result)
+            waiting.done(None)
+
+    def _opened(self, known: KnownRun, result: Any) -> None:
+        known.job = result if isinstance(result, str) else known.job
+        known.opened_at = time.monotonic()
+        known.doubtful = False
+        self._watch.opened(known)
+
+    def _doubt(self, run: KnownRun, submission: Any) -> None:
+        """The backend may have a run; it will be submitted once more, unless a worker speaks of it before."""
+        run.doubtful = True
+        if run.run_id in self._open:
+            self._open[run.run_id] = submission
+        if isinstance(submission, str):
+            run.job = submission
+        self._watch.opened(run)
+
+
+class _Abandoned:
+    """Tells the sending thread that nobody waits for it any more."""
+
+    yes = False
+
+
+def _nothing(frame: Frame, result: Any) -> None:
+    pass
+
+
+def _row(frame: Frame, *, plain: bool) -> Row | None:
+    try:
+        return encode_row(frame, plain=plain)
+    except BaseException:
+        return None  # an argument whose pickling exits: alone it is an error of its own run
+
+
+def _refused(waiting: Waiting, result: BaseException) -> Parcel:
+    parcel = Parcel([waiting], waiting.frame, together=False)
+    parcel.result = result
+    return parcel
+
+
+def _ready(parcels: list[Parcel]) -> list[Parcel]:
+    return [parcel for parcel in parcels if parcel.result is None and parcel.built is not None]
+
+
+def _note(parcels: list[Parcel], results: Sequence[Any]) -> None:
+    for parcel, result in zip(parcels, results, strict=True):
+        parcel.result = result
+
+
+def _has_it(run: KnownRun, frame: Frame, refusal: Any) -> bool:
+    """Tell whether a worker has spoken of that attempt although the backend seems to have refused it."""
+    attempt = frame["delivery"].get("attempt", 1)
+    return isinstance(refusal, SubmitError) and run.attempt == attempt and run.started
+
+
+def _copy(exc: BaseException) -> Exception:
+    """Return an exception for one of several runs: each gets its own notes and traceback."""
+    if isinstance(exc, SubmitError):
+        copy = SubmitError(str(exc), maybe_accepted=exc.maybe_accepted, submission=exc.submission)
+    else:
+        copy = SubmitError(f"submitting failed: {type(exc).__name__}: {exc}")
+    copy.__cause__ = exc.__cause__ if isinstance(exc, SubmitError) else exc
+    return copy
