@@ -42,7 +42,7 @@ class Source:
             self.loads.append(digest)
             return original(digest.encode() * self.size)
 
-        return cache.get(name(digest), load)
+        return cache.get(name(digest), load).copy()
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_no_file_is_left_open() -> None:
 def test_other_secrets_and_environments_have_their_own(cache: PartCache) -> None:
     for kid, environment in [("one", "tests"), ("two", "tests"), ("one", "others")]:
         found = cache.get((kid, environment, b"a"), lambda: Original(3))
-        assert found.nbytes == 3
+        assert found.data.nbytes == 3
     assert cache.bytes == 9
 
 
@@ -118,7 +118,7 @@ def test_who_asks_meanwhile_waits_for_the_first(cache: PartCache) -> None:
         asked = [pool.submit(cache.get, name("a"), load) for _ in range(4)]
         assert loading.wait(PATIENCE)
         go_on.set()
-        assert [one.result(PATIENCE) for one in asked] == [b"abc"] * 4
+        assert [one.result(PATIENCE).data for one in asked] == [b"abc"] * 4
     assert len(loads) == 1
 
 
@@ -137,7 +137,7 @@ def test_when_the_first_has_no_luck_the_others_try_for_themselves(cache: PartCac
         go_on.set()
         with pytest.raises(ConnectionError):
             unlucky.result(PATIENCE)
-        assert [other.result(PATIENCE).nbytes for other in others] == [3, 3]
+        assert [other.result(PATIENCE).data.nbytes for other in others] == [3, 3]
     assert not cache._coming
 
 

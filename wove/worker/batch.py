@@ -17,6 +17,7 @@ from wove.wire import pack_message, park
 from wove.worker.context import RunContext, bind
 from wove.worker.courier import courier_for
 from wove.worker.execution import TaskCancelledItself, cannot_load, drive, is_cancellation, keep
+from wove.worker.fetching import FetchFailed, NotWanted
 from wove.worker.offering import offer, patience
 from wove.worker.pace import measured
 from wove.worker.session import CONTENT_TYPE, REPORT_AGAIN, REPORT_TIMEOUT, Session
@@ -371,8 +372,11 @@ def run_batch(
         return False
     hooks.begins(session)
     with courier_for(assignment.origin).caring_for(session):
-        func, rows = _load(session, hooks)
-        work = _Work(session, func, rows, hooks)
+        loaded = _load(session, hooks)
+        if loaded is None:
+            keep(session, hooks)
+            return False
+        work = _Work(session, *loaded, hooks)
         try:
             work.execute()
         finally:
@@ -393,10 +397,17 @@ def run_batch(
     return work.executed > 0
 
 
-def _load(session: BatchSession, hooks: BackendHooks) -> tuple[Any, list[Row]]:
+def _load(session: BatchSession, hooks: BackendHooks) -> tuple[Any, list[Row]] | None:
     task = session.assignment
     try:
         func, rows = task.load_batch()
+    except NotWanted:
+        session.acknowledge_cancel()
+        return None
+    except FetchFailed as exc:
+        # The delivery failed, and not the task: it may be made again.
+        session.lost(str(exc))
+        return None
     except BaseException as exc:
         if isinstance(exc, PayloadRejectedError):
             logger.error("payload of task %s rejected: %s", task.task_id, exc)
@@ -441,6 +452,7 @@ class _Work:
         session = self._session
         try:
             positional, keywords = session.assignment.decode_row(row)
+            func = session.assignment.another(self._func) if self.executed else self._func
         except BaseException as exc:
             if not isinstance(exc, PayloadRejectedError):
                 exc.add_note(cannot_load(session.worker, session.assignment.task_id))
@@ -448,7 +460,7 @@ class _Work:
             return
         try:
             with bind(item.context):
-                result = self._func(*positional, **keywords)
+                result = func(*positional, **keywords)
                 if hasattr(result, "__await__"):
                     result = drive(result, item)
         except BaseException as exc:

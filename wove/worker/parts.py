@@ -62,8 +62,8 @@ class PartCache:
         self._timer: threading.Timer | None = None
         self.bytes = 0
 
-    def get(self, name: _Name, load: Callable[[], Original]) -> memoryview:
-        """Return a copy of a part; ``load`` gets it when it is not there.
+    def get(self, name: _Name, load: Callable[[], Original]) -> Original:
+        """Return a part; ``load`` gets it when it is not there.
 
         Raises:
             Exception: what ``load`` raises.
@@ -74,15 +74,15 @@ class PartCache:
             if kept is None and coming is None:
                 self._coming[name] = threading.Event()
         if kept is not None:
-            return kept.copy()
+            return kept
         if coming is not None:
             coming.wait(WAIT_SECONDS)
             with self._lock:
                 kept = self._touch(name)
             # Where the other one had no luck, all who wait try at once, and not in turn.
-            return (load() if kept is None else kept).copy()
+            return load() if kept is None else kept
         try:
-            return self._keep(name, load()).copy()
+            return self._keep(name, load())
         finally:
             with self._lock:
                 self._coming.pop(name).set()
@@ -145,8 +145,8 @@ def cache() -> PartCache:
     return found
 
 
-def shared_part(task: Assignment, claim: Any) -> memoryview:
-    """Return the part that a payload names, verified.
+def shared_part(task: Assignment, claim: Any) -> Original:
+    """Return the part that a payload names, verified; each run decodes a copy of it.
 
     Raises:
         NotWanted, FetchFailed, ProtocolError: see :func:`wove.worker.fetching.fetch`.
@@ -154,8 +154,6 @@ def shared_part(task: Assignment, claim: Any) -> memoryview:
     size, digest = claimed(claim, "part")
     tag = part_tag(task.key, task.run_id)
     kept = cache()
-    if size > kept.limit:
-        return fetch(task, "parts", tag, size, digest)
 
     def load() -> Original:
         part = Original(size)
@@ -164,4 +162,4 @@ def shared_part(task: Assignment, claim: Any) -> memoryview:
             part.data[: found.nbytes] = found
         return part
 
-    return kept.get((task.kid, task.environment, digest), load)
+    return load() if size > kept.limit else kept.get((task.kid, task.environment, digest), load)
