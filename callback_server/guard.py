@@ -247,13 +247,13 @@ async def send_guarded(request: web.Request, response: web.StreamResponse, messa
     """Send a message as the body of a prepared response, as long as the peer takes it.
 
     Returns:
-        False when it took nothing for BODY_SECONDS: the connection is closed.
+        False when it took nothing for BODY_SECONDS, or left: the connection is closed.
     """
     now = asyncio.get_running_loop().time
     try:
         async with asyncio.timeout(BODY_SECONDS) as deadline:
             await send_body(request, response, message, lambda: deadline.reschedule(now() + BODY_SECONDS))
-    except TimeoutError:
+    except (TimeoutError, ConnectionError):
         _abort(request.protocol)
         return False
     return True

@@ -4,7 +4,8 @@ A frame is a dictionary with a ``type``. Commands go to an executor, events come
 
 Commands:
     ``run_task``: ``run_id``, ``task_id``, ``callable``, ``args`` (mapping of keyword
-    arguments), ``positional`` (tuple, only where there are any), ``delivery`` (mapping).
+    arguments), ``positional`` (tuple, only where there are any), ``delivery`` (mapping);
+    ``shared`` only for executors that take it (see ``wove/shared_parts.py``).
     ``cancel_task``: ``run_id``, ``task_id``, ``delivery``.
     ``shutdown``: nothing else.
 Events, each with ``run_id``, ``task_id``, ``attempt`` (from 1) and ``seq`` (from 1):

@@ -24,6 +24,7 @@ from wove.worker.execution import (
     keep,
     note_refusal,
 )
+from wove.worker.fetching import FetchFailed, NotWanted
 from wove.worker.offering import offer, patience
 from wove.worker.pace import measured
 from wove.worker.session import CONTENT_TYPE, MAX_FRAMES, REPORT_AGAIN, REPORT_TIMEOUT, Session
@@ -399,8 +400,11 @@ def run_batch(
         return False
     hooks.begins(session)
     with courier_for(assignment.origin).caring_for(session):
-        func, rows = _load(session, hooks)
-        work = _Work(session, func, rows, hooks)
+        loaded = _load(session, hooks)
+        if loaded is None:
+            keep(session, hooks)
+            return False
+        work = _Work(session, *loaded, hooks)
         try:
             work.execute()
         finally:
@@ -421,10 +425,17 @@ def run_batch(
     return work.executed > 0
 
 
-def _load(session: BatchSession, hooks: BackendHooks) -> tuple[Any, list[Row]]:
+def _load(session: BatchSession, hooks: BackendHooks) -> tuple[Any, list[Row]] | None:
     task = session.assignment
     try:
         func, rows = task.load_batch()
+    except NotWanted:
+        session.acknowledge_cancel()
+        return None
+    except FetchFailed as exc:
+        # The delivery failed, and not the task: it may be made again.
+        session.lost(str(exc))
+        return None
     except BaseException as exc:
         if isinstance(exc, PayloadRejectedError):
             note_refusal(exc, "payload of task %s rejected: %s", task.task_id, exc)
@@ -469,6 +480,7 @@ class _Work:
         session = self._session
         try:
             positional, keywords = session.assignment.decode_row(row)
+            func = session.assignment.another(self._func) if self.executed else self._func
         except BaseException as exc:
             task_id = session.assignment.task_id
             if isinstance(exc, PayloadRejectedError):
@@ -479,7 +491,7 @@ class _Work:
             return
         try:
             with bind(item.context):
-                result = self._func(*positional, **keywords)
+                result = func(*positional, **keywords)
                 if hasattr(result, "__await__"):
                     result = drive(result, item)
         except BaseException as exc:
