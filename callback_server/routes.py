@@ -96,7 +96,7 @@ class Routes:
         if self._runs.get(run.run_id) is not run:  # closed while the body came in
             raise self._gone(request)
         answer = self._take(request.protocol if request.keep_alive else None, run, key, tag, batch)
-        return reply(answer.status, {**answer.headers, WITHDRAWN: str(self._runs.withdrawn)})
+        return reply(answer.status, {**answer.headers, WITHDRAWN: str(self._runs.count())})
 
     def take_report(self, connection: Any, report: Report) -> Answer | None:
         """Take in a report that has come in one piece, by the same checks in the same order.
@@ -123,7 +123,7 @@ class Routes:
         except ProtocolError:
             return None
         answer = self._take(connection, run, key, report.tag, batch)
-        return Answer(answer.status, {**answer.headers, WITHDRAWN: str(self._runs.withdrawn)})
+        return Answer(answer.status, {**answer.headers, WITHDRAWN: str(self._runs.count())})
 
     def _take(self, connection: Any, run: OpenRun, key: bytes, tag: bytes, batch: list[Frame]) -> Answer:
         """Take verified events in; ``connection`` is None where it is closed after this."""
@@ -135,7 +135,7 @@ class Routes:
             refusal = self._check_leave(run, run.executions.get(name), last)
             if refusal is not None:
                 return refusal
-        execution = run.execution(name, last["attempt"])
+        execution = self._runs.execution(run, name, last["attempt"])
         if execution is not None:
             if last.get("fence"):
                 execution.retry = _whole(last.get("retry"))

@@ -29,6 +29,9 @@ MAX_ENDED = 4096
 RECONNECT_SECONDS = 1.0
 #: Seconds without a word after which nobody waits for an execution any more: beats come every five.
 ALIVE_SECONDS = 8.0
+#: Seconds after which a run that a worker has begun counts as withdrawn from all others: a copy of it that
+#: a broker may hold is to be asked for.
+BEGUN_SECONDS = 0.02
 #: Executions of one run that are followed: each broker redelivery makes one more.
 MAX_EXECUTIONS = 64
 
@@ -213,6 +216,8 @@ class OpenRuns:
         #: at this address means nothing here.
         self.withdrawn = random.getrandbits(48)
         self._counting = threading.Lock()
+        # Runs that a worker is at, since when, and that were not counted yet; the oldest first.
+        self._begun: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -234,6 +239,23 @@ class OpenRuns:
         with self._counting:
             self.withdrawn += 1
 
+    def execution(self, run: OpenRun, name: str, attempt: int) -> Execution | None:
+        """Return the execution of a run by its name, as :meth:`OpenRun.execution` does, and note a new one."""
+        known = len(run.executions)
+        execution = run.execution(name, attempt)
+        if len(run.executions) > known:
+            self._begun.setdefault(run.run_id, time.monotonic())
+        return execution
+
+    def count(self) -> int:
+        """Return the count of withdrawals as of now; in the listener's thread."""
+        if self._begun:
+            before = time.monotonic() - BEGUN_SECONDS
+            while self._begun and self._begun[oldest := next(iter(self._begun))] < before:
+                del self._begun[oldest]
+                self.withdraw()
+        return self.withdrawn
+
     def close(self, run_id: str, *, ended: bool = True, outcome: bool = False) -> OpenRun | None:
         """Take no more events for a run; requests for it are answered 410.
 
@@ -243,6 +265,7 @@ class OpenRuns:
             outcome: whether that is because a worker has ended it.
         """
         self._cancelled.pop(run_id, None)
+        self._begun.pop(run_id, None)
         run = self._runs.pop(run_id, None)
         if run is not None:
             if not outcome:

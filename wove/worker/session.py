@@ -55,7 +55,11 @@ ENVELOPE_ALLOWANCE = 64 * 1024
 #: Progress and log frames that wait at most; then the oldest are dropped.
 MAX_PENDING = 1_000
 
+#: Runs that this process remembers to have begun: copies of them are asked for.
+MAX_BEGUN = 4096
+
 _CONTENT_TYPE = "application/msgpack"
+_begun: set[str] = set()
 
 
 class Session:
@@ -114,21 +118,25 @@ class Session:
         # How often the backend itself has run the payload before, where it counts that.
         self._retry = redelivered if type(redelivered) is int else 0
         offset = clock_offsets.get(self.assignment.origin)
-        if not redelivered and offset is not None:
-            age = time.time() + offset - self.assignment.sent_at
-            if abs(age) < FRESH:
-                return True
+        age = float("inf") if offset is None else time.time() + offset - self.assignment.sent_at
+        settled = self._nothing_withdrawn()
+        if not redelivered and abs(age) < FRESH:
+            return True
         if offset is not None and self.assignment.overdue(offset, OVERDUE_KNOWN):
             return False
-        if not redelivered and offset is not None and -FRESH < age < SETTLED and self._nothing_withdrawn():
+        if not redelivered and abs(age) < SETTLED and settled:
             return True
         return self._ask(offset)
 
     def _nothing_withdrawn(self) -> bool:
         """Tell whether no run was cancelled, closed or submitted again since the payload was made."""
         task = self.assignment
+        copy = task.run_id in _begun
+        if len(_begun) >= MAX_BEGUN:
+            _begun.clear()
+        _begun.add(task.run_id)
         # What others share, or what outlives its submitter, is another matter.
-        if task.withdrawn is None or task.shared_by is not None or task.keep:
+        if copy or task.withdrawn is None or task.shared_by is not None or task.keep:
             return False
         told_at, withdrawn = withdrawals.get(task.origin, (0.0, ""))
         return withdrawn == str(task.withdrawn) and time.monotonic() - told_at < RECENT
