@@ -201,7 +201,7 @@ class Routes:
         return None
 
     def _close_with(self, run: OpenRun, batch: list[Frame]) -> None:
-        self._runs.close(run.run_id, outcome=True)
+        self._runs.close(run.run_id)
         run.sink(batch)
 
     async def take_parked(self, run_id: str, blob: bytes) -> None:

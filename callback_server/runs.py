@@ -222,6 +222,9 @@ class OpenRuns:
     def __len__(self) -> int:
         return len(self._runs)
 
+    def __contains__(self, run_id: str) -> bool:
+        return run_id in self._runs
+
     def get(self, run_id: str) -> OpenRun | None:
         """Return the open run with that id."""
         return self._runs.get(run_id)
@@ -256,20 +259,17 @@ class OpenRuns:
                 self.withdraw()
         return self.withdrawn
 
-    def close(self, run_id: str, *, ended: bool = True, outcome: bool = False) -> OpenRun | None:
+    def close(self, run_id: str, *, ended: bool = True) -> OpenRun | None:
         """Take no more events for a run; requests for it are answered 410.
 
         Args:
             run_id: its id.
             ended: whether it is over, and not only of no interest here any more.
-            outcome: whether that is because a worker has ended it.
         """
         self._cancelled.pop(run_id, None)
         self._begun.pop(run_id, None)
         run = self._runs.pop(run_id, None)
         if run is not None:
-            if not outcome:
-                self.withdraw()
             run.closed = True
             run.message = None
             run.forsake()
@@ -313,7 +313,6 @@ class OpenRuns:
         if run is None or run.cancelled:
             return
         run.cancelled = True
-        self.withdraw()
         run.cancelled_at = time.monotonic()
         run.message = None
         # Most workers acknowledge; one that died never does, and is forgotten in the end.
