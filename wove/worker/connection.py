@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from wove.worker import plain_http
 from wove.worker.plain_http import SMALL
@@ -31,12 +31,15 @@ MAX_ORIGINS = 8
 MAX_REPLY = 64 * 1024
 
 
-class Reply(NamedTuple):
+class Reply:
     """A callback server's answer; header names are in lower case."""
 
-    status: int
-    headers: Mapping[str, str]
-    body: bytes | bytearray
+    __slots__ = ("body", "headers", "status")
+
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes | bytearray) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
 
 
 #: Per callback origin: its wall clock minus ours, in seconds, as its last reply told.
