@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from wove.buffers import room
 from wove.worker import plain_http
@@ -34,14 +34,23 @@ MAX_ORIGINS = 8
 MAX_REPLY = 64 * 1024
 
 
-class Reply(NamedTuple):
+class Reply:
     """A callback server's answer; header names are in lower case."""
 
-    status: int
-    headers: Mapping[str, str]
-    body: bytes | memoryview
-    #: Of a large body, where it was asked for.
-    digest: bytes | None = None
+    __slots__ = ("body", "digest", "headers", "status")
+
+    def __init__(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        body: bytes | memoryview,
+        digest: bytes | None = None,
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+        #: Of a large body, where it was asked for.
+        self.digest = digest
 
 
 #: Per callback origin: its wall clock minus ours, in seconds, as its last reply told; and ours minus the

@@ -58,6 +58,10 @@ ENVELOPE_ALLOWANCE = 64 * 1024
 MAX_PENDING = 1_000
 
 CONTENT_TYPE = "application/msgpack"
+#: Runs that this process remembers to have begun: copies of them are asked for.
+MAX_BEGUN = 4096
+
+_begun: set[str] = set()
 
 
 class Session:
@@ -123,9 +127,10 @@ class Session:
         self._retry = redelivered if type(redelivered) is int else 0
         offset = clock_offset(self.assignment.origin)
         unseen = unseen and not is_short(self.assignment.function)
+        settled = self._nothing_withdrawn()
         unasked = offset is not None and not (redelivered or self.assignment.ask or unseen)
         age = time.time() + (offset or 0.0) - self.assignment.sent_at
-        if unasked and (abs(age) < FRESH or (-FRESH < age < SETTLED and self._nothing_withdrawn())):
+        if unasked and (abs(age) < FRESH or (-FRESH < age < SETTLED and settled)):
             return True
         # Also what seems to be long over: by clocks alone nothing is skipped, for they may have been set meanwhile.
         return self._ask(offset)
@@ -133,8 +138,12 @@ class Session:
     def _nothing_withdrawn(self) -> bool:
         """Tell whether no run was cancelled, closed or submitted again since the payload was made."""
         task = self.assignment
+        copy = task.run_id in _begun
+        if len(_begun) >= MAX_BEGUN:
+            _begun.clear()
+        _begun.add(task.run_id)
         # What others share, or what outlives its submitter, is another matter.
-        if task.withdrawn is None or task.shared_by is not None or task.keep:
+        if copy or task.withdrawn is None or task.shared_by is not None or task.keep:
             return False
         told_at, withdrawn = withdrawals.get(task.origin, (0.0, ""))
         return withdrawn == str(task.withdrawn) and time.monotonic() - told_at < RECENT
