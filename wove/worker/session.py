@@ -130,7 +130,7 @@ class Session:
         settled = self._nothing_withdrawn()
         unasked = offset is not None and not (redelivered or self.assignment.ask or unseen)
         age = time.time() + (offset or 0.0) - self.assignment.sent_at
-        if unasked and (abs(age) < FRESH or (-FRESH < age < SETTLED and settled)):
+        if unasked and (abs(age) < FRESH or (abs(age) < SETTLED and settled)):
             return True
         # Also what seems to be long over: by clocks alone nothing is skipped, for they may have been set meanwhile.
         return self._ask(offset)
