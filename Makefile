@@ -43,7 +43,7 @@ pytest: $(VENV)/.test ## the tests this machine can run; what is missing for the
 	@echo "== pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-matrix: $(VENV)/.test ## the fault matrix, row by row, on real workers and brokers; some rows do not hold yet
+matrix: $(VENV)/.test ## the fault matrix, row by row, with longer outages and more runs than make test has time for
 	@WOVE_TEST_MATRIX=1 $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
 
 # CHAOS_SECONDS=600 CHAOS_SEED=7 CHAOS_RUNS=10000 CHAOS_REPORT=chaos.json make chaos

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from wove.adapters.base import BackendAdapter, BackendState
+from wove.adapters.default_timeout import keep_default_timeout
 from wove.backend import as_text, job_id, summarize_call
 from wove.errors import ConfigurationError, SubmitError
 from wove.security import scrub, without_passwords
@@ -80,6 +81,7 @@ class CeleryAdapter(BackendAdapter):
     def _find_app(self) -> Any:
         # Celery's package loads its parts on first use, and not safely from several threads.
         with _importing:
+            keep_default_timeout()
             return self._find_app_alone()
 
     def _find_app_alone(self) -> Any:

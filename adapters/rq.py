@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from wove.adapters.base import BackendAdapter
 from wove.adapters.rq_sharing import SHARED_FUNCTION, AnswerLost, SharedJobs, Ticket
-from wove.adapters.rq_states import as_str, living, state_of
+from wove.adapters.rq_states import as_str, living, reasons, state_of
 from wove.backend import as_text, is_repeated, job_id, summarize_call
 from wove.errors import ConfigurationError, SubmitError
 from wove.security import scrub, without_passwords
@@ -280,25 +280,31 @@ class RqAdapter(BackendAdapter):
             pass  # it has ended meanwhile, or has not begun yet
 
     async def probe(self, run_ids: Sequence[str]) -> dict[str, BackendState]:
-        """Ask RQ for the jobs, in one round trip."""
+        """Ask RQ for the jobs, in few round trips."""
         states: dict[str, BackendState] = await self.asking(self._probe, list(run_ids))
         return states
 
     def _probe(self, run_ids: list[str]) -> dict[str, BackendState]:
         from rq.job import Job
 
+        jobs: dict[str, str] = {}
         # Not by RQ's own Job.fetch_many, which unpickles what it finds.
         with self._queue.connection.pipeline(transaction=False) as pipeline:
             for run_id in run_ids:
                 ticket = Ticket.read(run_id)
                 # Of a job that several runs share, each has an outcome of its own.
                 job, parked = (ticket.job, f"{PARKED}:{ticket.run_id}") if ticket else (run_id, PARKED)
+                jobs[run_id] = job
                 pipeline.hmget(Job.key_for(job), "status", "worker_name", parked)
             found = dict(zip(run_ids, pipeline.execute(), strict=True))
         workers = {as_str(worker) for status, worker, _ in found.values() if as_str(status) == "started"}
         alive = living(self._queue.connection, workers - {""}) if workers else {}
+        failed = [jobs[run_id] for run_id, (status, *_) in found.items() if as_str(status) == "failed"]
+        why = reasons(self._queue.connection, failed) if failed else {}
         return {
-            run_id: state_of(as_str(status), as_str(worker), alive.get(as_str(worker)), parked)
+            run_id: state_of(
+                as_str(status), as_str(worker), alive.get(as_str(worker)), parked, why.get(jobs[run_id], "")
+            )
             for run_id, (status, worker, parked) in found.items()
         }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
 from typing import Any
 
 from wove.adapters.base import BackendState
+from wove.errors import cut
 
 _STATES = {
     "queued": "queued",
@@ -19,11 +22,20 @@ _STATES = {
 }
 
 
-def state_of(status: str, worker: str, alive: bool | None, parked: bytes | None) -> BackendState:
-    """Say what a job's status means, given whether the worker named in it lives."""
+#: Bytes of a failed job's traceback that are read at most.
+MAX_REASON = 64 * 1024
+
+
+def state_of(
+    status: str, worker: str, alive: bool | None, parked: bytes | None, reason: str = ""
+) -> BackendState:
+    """Say what a job's status means, given whether the worker named in it lives.
+
+    ``reason`` is why it has failed, in RQ's own words.
+    """
     if not status:
         return BackendState("gone", "RQ has no such job", parked)
-    detail = f"RQ's job is {status}"
+    detail = f"RQ's job is {status}" + (f": {reason}" if reason else "")
     if status != "started":
         return BackendState(_STATES.get(status, "unknown"), detail, parked)
     if alive is None:
@@ -31,6 +43,32 @@ def state_of(status: str, worker: str, alive: bool | None, parked: bytes | None)
     if alive:
         return BackendState("running", f"{detail}, its worker {worker} is there", parked)
     return BackendState("lost", f"{detail}, and its worker {worker} has left Redis", parked)
+
+
+def reasons(connection: Any, jobs: list[str]) -> dict[str, str]:
+    """Return why jobs have failed, as far as RQ says: the last line of each."""
+    from redis.exceptions import RedisError
+    from rq.results import Result
+
+    found: dict[str, str] = {}
+    key_of: Any = Result.get_key
+    try:
+        with connection.pipeline(transaction=False) as pipeline:
+            for job in jobs:
+                pipeline.xrevrange(key_of(job), count=1)
+            # What it returned is left alone: that would be unpickled.
+            for job, entries in zip(jobs, pipeline.execute(), strict=True):
+                for _, entry in entries:
+                    found[job] = _last_line(entry.get(b"exc_string") or entry.get("exc_string") or b"")
+    except (RedisError, ValueError, zlib.error):
+        pass  # the status alone has to do
+    return found
+
+
+def _last_line(packed: bytes | str) -> str:
+    text = zlib.decompressobj().decompress(base64.b64decode(packed), MAX_REASON) if packed else b""
+    lines = text.decode("utf-8", "replace").strip().splitlines()
+    return cut(lines[-1].strip(), 500) if lines else ""
 
 
 def living(connection: Any, workers: set[str]) -> dict[str, bool]:

@@ -221,6 +221,12 @@ class Guard:
         counted = size if size > SMALL_BODY else 0
         if counted and self._bytes and self._bytes + counted > MAX_BYTES_IN_FLIGHT:
             raise refusal(web.HTTPServiceUnavailable(headers={"Retry-After": "1"}))
+        if read is _read_exactly and request.content.is_eof():
+            # It came with its head, as most do: nobody is waited for.
+            body = bytearray(request.content.read_nowait())
+            if len(body) != size:
+                raise refusal(web.HTTPBadRequest())
+            return body
         self._bytes += counted
         self._active.discard(request.protocol)
         self._reading[request.protocol] = time.monotonic()
@@ -241,13 +247,13 @@ async def send_guarded(request: web.Request, response: web.StreamResponse, messa
     """Send a message as the body of a prepared response, as long as the peer takes it.
 
     Returns:
-        False when it took nothing for BODY_SECONDS: the connection is closed.
+        False when it took nothing for BODY_SECONDS, or left: the connection is closed.
     """
     now = asyncio.get_running_loop().time
     try:
         async with asyncio.timeout(BODY_SECONDS) as deadline:
             await send_body(request, response, message, lambda: deadline.reschedule(now() + BODY_SECONDS))
-    except TimeoutError:
+    except (TimeoutError, ConnectionError):
         _abort(request.protocol)
         return False
     return True

@@ -37,10 +37,10 @@ TAG_SIZE = 32
 #: Bytes of a run's nonce.
 NONCE_SIZE = 16
 
-#: Up to so many bytes are signed by one call.
-_AT_ONCE = 16 * 1024
 #: How every payload begins: the name, and the version of what follows.
 PAYLOAD_MAGIC = b"WOVE\x01"
+#: Up to so many bytes are signed by one call.
+_AT_ONCE = 16 * 1024
 _LENGTH = struct.Struct(">I")
 
 

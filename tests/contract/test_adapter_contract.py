@@ -21,6 +21,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from wove_tests import tasks
 from wove_tests.callbacks import ENVIRONMENT, Payload, Sink
+from wove_tests.chaos.vitals import own_time
 from wove_tests.fleets import FLEETS, fleet_params
 from wove_tests.waiting import until, until_exists
 
@@ -303,7 +304,7 @@ class TestClosing:
         payload, frame = caller.new(tasks.double, 21)
         await adapter.submit(payload, frame)
         await caller.outcome(frame)
-        names = (f"wove-adapter-{ENVIRONMENT}", f"wove-memory-{ENVIRONMENT}")
+        names = tuple(f"wove-{kind}-{ENVIRONMENT}" for kind in ("adapter", "probe", "memory"))
 
         def mine() -> list[str]:
             return [t.name for t in threading.enumerate() if t.name.startswith(names)]
@@ -574,10 +575,10 @@ async def ticking() -> AsyncIterator[list[float]]:
     gaps: list[float] = []
 
     async def tick() -> None:
-        last = time.monotonic()
+        last = own_time()
         while True:
             await asyncio.sleep(0.005)
-            now = time.monotonic()
+            now = own_time()
             gaps.append(now - last)
             last = now
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,21 +9,6 @@ from wove_tests.crew import Crew, Job
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-#: The fault matrix kills, cuts and restarts real workers and brokers, row by row, for minutes:
-#: ``make matrix``. Some of its rows do not hold yet.
-_QUICK = {
-    "test_cancel_and_stop.py",
-    "test_floods.py",
-    "test_hostile_values.py",
-    "test_stdio_processes.py",
-    "test_worker_services.py",
-}
-collect_ignore = (
-    []
-    if os.environ.get("WOVE_TEST_MATRIX")
-    else sorted({path.name for path in Path(__file__).parent.glob("test_*.py")} - _QUICK)
-)
 
 
 @pytest.fixture(scope="session")

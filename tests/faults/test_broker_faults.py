@@ -90,7 +90,12 @@ async def queued(handle: EnvironmentHandle, jobs: int) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["celery-redis", "rq-redis", pytest.param("celery-rabbitmq", marks=pytest.mark.rabbitmq)],
+    [
+        "celery-redis",
+        "rq-redis",
+        # Its broker is started twice, which takes its time where others are at work.
+        pytest.param("celery-rabbitmq", marks=[pytest.mark.rabbitmq, pytest.mark.timeout(300)]),
+    ],
 )
 async def test_row_06_a_broker_that_restarts_with_its_data(name: str, mortal: Crew, tmp_path: Path) -> None:
     async with ExecutorRuntime({"fleet": mortal.definition(name)}) as runtime:
@@ -176,7 +181,7 @@ class TestRow08Submitting:
                 swallowed.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await swallowed
-                assert time.monotonic() - begun < 1.0
+                assert time.monotonic() - begun < HELD_UP
             assert lag.longest < HELD_UP
             proxy.up()
             assert await handle.options(delivery_retries=3).run(tasks.double, 21) == 42

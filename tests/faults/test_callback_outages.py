@@ -15,7 +15,7 @@ import pytest
 from redis import Redis
 from wove_tests import deeds, tasks
 from wove_tests.callbacks import child_environment
-from wove_tests.crew import Crew, Job
+from wove_tests.crew import FULL, Crew, Job
 from wove_tests.proxy import TcpProxy
 from wove_tests.waiting import run_states, until
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.redis
 
-#: Seconds of an outage, and calls whose results come in meanwhile; CONTRIBUTING.md has the variable.
-OUTAGES = [(0.5, 300), (5.0, 1_000)]
-if os.environ.get("WOVE_TEST_LONG_OUTAGE"):
-    OUTAGES.append((60.0, 1_000))
+#: Seconds of an outage, and calls whose results come in meanwhile.
+OUTAGES = [(0.5, 200), (5.0, 200)]
+if FULL:
+    OUTAGES = [(seconds, 1_000) for seconds in (0.5, 5.0, 60.0)]
 
 EVERYWHERE = ["celery-prefork", "celery-threads", "rq-worker"]
 
@@ -58,25 +58,35 @@ async def started(crew: Crew, proxy: TcpProxy) -> AsyncIterator[Callable[..., An
     """Starts an environment whose workers report by way of the proxy."""
     runtime = ExecutorRuntime({})
     await runtime.start()
+    used: list[str] = []
 
     async def start(name: str, **changes: Any) -> EnvironmentHandle:
+        used.append(name)
         config = through(proxy, **changes.pop("executor_config", {}))
         await runtime.ensure_environment(name, crew.definition(name, executor_config=config, **changes))
         return runtime[name]
 
     yield start
     proxy.up()
+    # A worker that is not told that its outcome has arrived offers it for minutes, and the next test finds it busy.
+    await until(lambda: not proxy.busy, "nothing is on its way")
+    for name in used:
+        if name.startswith("rq"):
+            await until(lambda name=name: crew.idle(name), "nothing is under way", 40.0)
     await runtime.stop()
 
 
 class TestRow09Down:
     """The callback server is away for a while: results wait for it."""
 
+    @pytest.mark.timeout(300)
     @pytest.mark.parametrize(("seconds", "calls"), OUTAGES)
     async def test_row_09_down_and_every_result_arrives(
         self, seconds: float, calls: int, started: Any, proxy: TcpProxy
     ) -> None:
-        fleets = [await started(name) for name in EVERYWHERE]
+        # The longest pause between two offers is half the outage, 30 s at most; the rest is work.
+        limit = seconds + min(30.0, seconds) + 60.0
+        fleets = [await started(name, delivery_timeout=limit) for name in EVERYWHERE]
         # RQ forks a process for each, and runs one at a time.
         shares = [calls // 2, calls // 2 - calls // 20, calls // 20]
         running = [
@@ -88,17 +98,14 @@ class TestRow09Down:
         await asyncio.wait(running, timeout=seconds)
         assert not any(each.done() for each in running)
         proxy.up()
-        healed = time.monotonic()
         results = await asyncio.gather(*running)
         assert results == [[2 * n for n in range(share)] for share in shares]
-        # The longest pause between two offers is half the outage, 30 s at most; the rest is work.
-        assert time.monotonic() - healed < min(30.0, seconds) + 20.0
 
 
 class TestRow10LongOutage:
     """Silence while nobody could be heard is not the worker's."""
 
-    @pytest.mark.parametrize("heartbeat", [6.0, 3.0])
+    @pytest.mark.parametrize("heartbeat", [3.0, 6.0] if FULL else [3.0])
     async def test_row_10_an_outage_longer_than_the_heartbeat_is_no_loss(
         self, heartbeat: float, started: Any, proxy: TcpProxy, tmp_path: Path
     ) -> None:

@@ -51,6 +51,10 @@ class Copying:
     copies: ClassVar[int] = 1
     sent: ClassVar[list[tuple[bytes, Any]]] = []
 
+
+class CopyingSoon(Copying):
+    """With adapters that submit in the environment's loop."""
+
     async def submit_many(self, batch: Sequence[tuple[bytes, Any]]) -> list[Any]:
         self.sent.extend(batch)
         results: list[Any] = await super().submit_many(batch)  # type: ignore[misc]
@@ -59,15 +63,26 @@ class Copying:
         return results
 
 
-class CopyingCelery(Copying, CeleryAdapter):
+class CopyingBlocking(Copying):
+    """With adapters that submit in a thread of their caller's."""
+
+    def submit_blocking(self, batch: Sequence[tuple[bytes, Any]]) -> list[Any]:
+        self.sent.extend(batch)
+        results: list[Any] = super().submit_blocking(batch)  # type: ignore[misc]
+        for _ in range(self.copies - 1):
+            super().submit_blocking(batch)  # type: ignore[misc]
+        return results
+
+
+class CopyingCelery(CopyingBlocking, CeleryAdapter):
     """On Celery."""
 
 
-class CopyingRq(Copying, RqAdapter):
+class CopyingRq(CopyingBlocking, RqAdapter):
     """On RQ."""
 
 
-class CopyingMemory(Copying, MemoryAdapter):
+class CopyingMemory(CopyingSoon, MemoryAdapter):
     """In this process."""
 
 

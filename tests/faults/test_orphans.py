@@ -13,6 +13,7 @@ from redis import Redis
 from rq.job import Job as RqJob
 from wove_tests import deeds, tasks
 from wove_tests.chaos.vitals import Vitals, tasks_left
+from wove_tests.crew import FULL
 from wove_tests.waiting import run_states, until
 
 from wove import DeliveryOrphanedError, ExecutorRuntime
@@ -31,7 +32,7 @@ RUNS = 200
 #: Fleets that keep what nobody waits for, and how many tasks each runs at once.
 SLOTS = {"celery-impatient": 2, "rq-impatient": 1}
 #: Runs that are done in the end: RQ forks a process for each, and the tests wait for the last.
-DONE = {"celery-impatient": RUNS, "rq-impatient": 60}
+DONE = {"celery-impatient": RUNS, "rq-impatient": 60} if FULL else {"celery-impatient": 40, "rq-impatient": 8}
 
 
 class Flight:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from wove_tests import tasks
+from wove_tests.chaos.vitals import own_time
 from wove_tests.waiting import until, until_exists, until_states
 
 from wove import ConfigurationError, ExecutorRuntime, WorkerLostError
@@ -175,17 +176,16 @@ class TestIndependence:
 
         async def watch() -> None:
             while not done:
-                begun, worked = time.monotonic(), time.process_time()
+                begun = own_time()
                 await asyncio.sleep(0.005)
-                # What this process did not work it was kept waiting by others on the machine.
-                stalls.append(min(time.monotonic() - begun, time.process_time() - worked))
+                stalls.append(own_time() - begun)
 
         watching = asyncio.ensure_future(watch())
         assert await handle.run(len, bytes(64_000_000)) == 64_000_000
         assert len(await handle.run(tasks.large, 64_000_000)) == 64_000_000
         done = True
         await watching
-        assert sorted(stalls)[-2] < 0.25, max(stalls)
+        assert sorted(stalls)[-2] < 0.25, max(stalls)  # generous: the machine may be busy with others
 
 
 class TestSettings:

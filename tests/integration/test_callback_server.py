@@ -711,7 +711,7 @@ class TestCancel:
         begun = time.monotonic()
         lease.cancel_run(run.run_id)
         reply = held.result(PATIENCE)
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 4, "and not when its time is up"
         assert reply.status == 200
         tag = cancel_tag(key_of(run), run.run_id, "e1", 1).hex()
         assert reply.body.decode() == f"cancel e1 {tag}", "only the cancelled one of the two"

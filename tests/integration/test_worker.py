@@ -251,6 +251,20 @@ class TestOutcome:
         first = server.events(waiting)[0].frames(waiting)[0]
         assert ("fence" in first) is asks
 
+    def test_a_copy_of_what_this_process_has_begun_is_asked_for(
+        self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(session, "FRESH", 0.0)
+        monkeypatch.setattr(session, "RECENT", 60.0)
+        monkeypatch.setattr(session, "SETTLED", 3600.0)
+        server.script["events"].extend([Answer(204, {"Wove-Withdrawn": "7"})] * 4)
+        assert run(Payload(server.url, double, 0))
+        payload = Payload(server.url, double, 21, withdrawn=7)
+        assert run(payload)
+        assert run(payload)
+        asked = ["fence" in request.frames(payload)[0] for request in server.events(payload)]
+        assert asked == [False, True, False]
+
     def test_what_waited_long_is_asked_for(
         self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:

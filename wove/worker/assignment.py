@@ -6,9 +6,11 @@ import base64
 import copy
 import logging
 import time
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
+from wove.buffers import Original
 from wove.errors import PayloadRejectedError, ProtocolError
 from wove.keyring import current_secrets
 from wove.security import fetch_tag, open_payload, run_key
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from wove.tables import Row
+
+    #: A description with the attachments that belong to it, or a part that holds both.
+    _Source = tuple[Any, Sequence[memoryview]] | Original
 
 logger = logging.getLogger("wove.worker")
 
@@ -91,6 +96,8 @@ class Assignment:
         self._secret, self._nonce = secret, nonce
         self.key = run_key(secret, self.environment, self.run_id, nonce)
         self._envelope = envelope
+        #: What the callable of a batch is decoded from, where it goes by value.
+        self._function_source: _Source | None = None
 
     @property
     def job(self) -> str:
@@ -173,7 +180,10 @@ class Assignment:
             raise ProtocolError("malformed payload: the table of a batch")
         if self._admission.functions is not None:
             return self._admission.functions.find(self._envelope.get("callable")), rows
-        return self._decode_function(self._envelope, attachments), rows
+        source = self._source(self._envelope, attachments)
+        if type(self._envelope.get("callable")) is not str:
+            self._function_source = source
+        return _function_of(source), rows
 
     def decode_row(self, row: Row) -> tuple[Any, Any]:
         """Return the positional and the keyword arguments of one run of a batch.
@@ -209,17 +219,22 @@ class Assignment:
             func = self._admission.functions.find(described)
             who = "this worker has WOVE_ALLOW and takes"
             return func, decode_plain(arguments, attachments, "the arguments", who)
-        return self._decode_function(call, attachments), decode_value(arguments, attachments)
+        return _function_of(self._source(call, attachments)), decode_value(arguments, attachments)
 
-    def _decode_function(self, call: Mapping[str, Any], attachments: Sequence[memoryview]) -> Any:
-        described = call.get("callable")
-        if "part" in call:
-            part, attachments = unpack_message(shared_part(self, call["part"]))
-            described = part.get("callable")
-        func = decode_callable(described, attachments)
-        if not callable(func):
-            raise TypeError(f"{described!r} is not callable here, but {type(func).__name__}")
-        return func
+    def _source(self, call: Mapping[str, Any], attachments: Sequence[memoryview]) -> _Source:
+        """Return what the callable is decoded from."""
+        return shared_part(self, call["part"]) if "part" in call else (call.get("callable"), attachments)
+
+    def another(self, func: Any) -> Any:
+        """Return the callable for another run of a batch: it shares no state with ``func``, the first one's.
+
+        Raises:
+            Exception: whatever importing or unpickling it raises.
+        """
+        source = self._function_source
+        if source is None or is_bare(func):
+            return func
+        return _function_of(source)
 
     def _fetch(self, claim: Any) -> memoryview:
         size, digest = claimed(claim, "fetch")
@@ -238,6 +253,29 @@ class Assignment:
         return any(
             limit is not None and age > limit + tolerance for limit in (self.timeout, self.start_timeout)
         )
+
+
+def _function_of(source: _Source) -> Any:
+    attachments: Sequence[memoryview]
+    if isinstance(source, Original):
+        # A copy for each: what one changes in place, no other sees.
+        part, attachments = unpack_message(source.copy())
+        described = part.get("callable")
+    else:
+        described, attachments = source
+    func = decode_callable(described, attachments)
+    if not callable(func):
+        raise TypeError(f"{described!r} is not callable here, but {type(func).__name__}")
+    return func
+
+
+def is_bare(func: Any) -> bool:
+    """Tell whether a function that came by value brought nothing with it that it could change."""
+    return (
+        type(func) is FunctionType
+        and not (func.__closure__ or func.__defaults__ or func.__kwdefaults__ or func.__dict__)
+        and all(name.startswith("__") for name in func.__globals__)
+    )
 
 
 def _seconds(value: Any) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from wove.errors import ConfigurationError, PayloadRejectedError, WoveError
 from wove.refusals import count_refusal
@@ -17,8 +17,49 @@ from wove.worker.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Protocol
 
     from wove.worker.context import RunContext
+
+    class Job(Protocol):
+        """What is to be called; an :class:`Assignment` is one."""
+
+        task_id: str
+
+        def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+            """Return the callable, its positional and its keyword arguments."""
+            ...
+
+    class Execution(Protocol):
+        """One execution and where its outcome goes; a :class:`Session` is one."""
+
+        context: RunContext
+        on_cancel: Callable[[], None] | None
+        worker: dict[str, Any]
+
+        @property
+        def assignment(self) -> Job:
+            """What is to be called."""
+            ...
+
+        def fail(self, exc: BaseException, *, source: str = "task") -> None:
+            """Deliver an error."""
+            ...
+
+        def acknowledge_cancel(self) -> None:
+            """Deliver that the task was cancelled."""
+            ...
+
+        def lost(self, message: str) -> None:
+            """Deliver that the delivery failed, and not the task."""
+            ...
+
+    class Cancellable(Protocol):
+        """What a coroutine has to know of its execution."""
+
+        context: RunContext
+        on_cancel: Callable[[], None] | None
+
 
 logger = logging.getLogger("wove.worker")
 
@@ -182,48 +223,6 @@ def note_refusal(exc: WoveError, message: str, *args: object) -> None:
         reason = "settings" if isinstance(exc, ConfigurationError) else "malformed"
     count_refusal(f"payload:{reason}")
     logger.error(message, *args, extra={"wove_refusal": reason})
-
-
-class Job(Protocol):
-    """What is to be called; an :class:`Assignment` is one."""
-
-    task_id: str
-
-    def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """Return the callable, its positional and its keyword arguments."""
-        ...
-
-
-class Execution(Protocol):
-    """One execution and where its outcome goes; a :class:`Session` is one."""
-
-    context: RunContext
-    on_cancel: Callable[[], None] | None
-    worker: dict[str, Any]
-
-    @property
-    def assignment(self) -> Job:
-        """What is to be called."""
-        ...
-
-    def fail(self, exc: BaseException, *, source: str = "task") -> None:
-        """Deliver an error."""
-        ...
-
-    def acknowledge_cancel(self) -> None:
-        """Deliver that the task was cancelled."""
-        ...
-
-    def lost(self, message: str) -> None:
-        """Deliver that the delivery failed, and not the task."""
-        ...
-
-
-class Cancellable(Protocol):
-    """What a coroutine has to know of its execution."""
-
-    context: RunContext
-    on_cancel: Callable[[], None] | None
 
 
 class _Call:

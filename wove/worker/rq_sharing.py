@@ -141,7 +141,7 @@ class SharedJob(RqHooks):
         try:
             payload = self._turn()
             while payload is not None:
-                self._session = None
+                self._forget()
                 try:
                     completed = _run(payload, backend=self._info, redelivered=redelivered, hooks=self)
                 except PayloadRejectedError:
@@ -160,6 +160,9 @@ class SharedJob(RqHooks):
         finally:
             self._dismiss()
             self._see_off()
+
+    def _forget(self) -> None:
+        self._session = None
 
     def _turn(self, failed: str = "") -> bytes | str | None:
         """Return the payload to execute now; None when nobody wants any.

@@ -58,6 +58,10 @@ ENVELOPE_ALLOWANCE = 64 * 1024
 MAX_PENDING = 1_000
 
 CONTENT_TYPE = "application/msgpack"
+#: Runs that this process remembers to have begun: copies of them are asked for.
+MAX_BEGUN = 4096
+
+_begun: set[str] = set()
 
 
 class Session:
@@ -87,7 +91,8 @@ class Session:
         self.notify: Callable[[], None] | None = None
         self.worker: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), **(backend or {})}
         self._path = f"{assignment.path}/wove/v1/events/{assignment.run_id}"
-        self._seq = 0
+        #: The first number is that of the news that the task has started, whenever that is sent.
+        self._seq = 1
         self._retry = 0
         #: When a report that failed is tried again, in monotonic seconds.
         self._report_again = 0.0
@@ -122,9 +127,10 @@ class Session:
         self._retry = redelivered if type(redelivered) is int else 0
         offset = clock_offset(self.assignment.origin)
         unseen = unseen and not is_short(self.assignment.function)
+        settled = self._nothing_withdrawn()
         unasked = offset is not None and not (redelivered or self.assignment.ask or unseen)
         age = time.time() + (offset or 0.0) - self.assignment.sent_at
-        if unasked and (abs(age) < FRESH or (-FRESH < age < SETTLED and self._nothing_withdrawn())):
+        if unasked and (abs(age) < FRESH or (-FRESH < age < SETTLED and settled)):
             return True
         # Also what seems to be long over: by clocks alone nothing is skipped, for they may have been set meanwhile.
         return self._ask(offset)
@@ -132,8 +138,12 @@ class Session:
     def _nothing_withdrawn(self) -> bool:
         """Tell whether no run was cancelled, closed or submitted again since the payload was made."""
         task = self.assignment
+        copy = task.run_id in _begun
+        if len(_begun) >= MAX_BEGUN:
+            _begun.clear()
+        _begun.add(task.run_id)
         # What others share, or what outlives its submitter, is another matter.
-        if task.withdrawn is None or task.shared_by is not None or task.keep:
+        if copy or task.withdrawn is None or task.shared_by is not None or task.keep:
             return False
         told_at, withdrawn = withdrawals.get(task.origin, (0.0, ""))
         return withdrawn == str(task.withdrawn) and time.monotonic() - told_at < RECENT
@@ -243,7 +253,7 @@ class Session:
         with self._lock:
             if not self._started:
                 self._started = True
-                self._pending.insert(0, self._frame(frames.TASK_STARTED))
+                self._pending.insert(0, self._started_frame())
             count = characters = 0
             for frame in self._pending[:MAX_FRAMES]:
                 characters += len(frame.get("message", ""))
@@ -347,7 +357,7 @@ class Session:
                 self._pending = []
                 if not self._started:
                     self._started = True
-                    last.insert(0, self._frame(frames.TASK_STARTED))
+                    last.insert(0, self._started_frame())
                 last.append(self._frame(kind, **fields))
         finally:
             if held:
@@ -400,6 +410,11 @@ class Session:
         self._seq += 1
         task = self.assignment
         return frames.event(kind, task.run_id, task.task_id, task.attempt, self._seq, **fields)
+
+    def _started_frame(self) -> frames.Frame:
+        # It may be made after news of the task itself, and must not make those seem outdated.
+        task = self.assignment
+        return frames.event(frames.TASK_STARTED, task.run_id, task.task_id, task.attempt, 1)
 
     def _body(self, batch: list[frames.Frame], attachments: Sequence[Buffer]) -> list[Buffer]:
         envelope = {"v": 1, "execution": self.execution, "worker": self.worker, "frames": batch}

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 DELIVERY_TIMEOUT = 60
 
+#: Whether rows are tested with all they are to bear, which takes minutes more: ``make matrix``.
+FULL = bool(os.environ.get("WOVE_TEST_MATRIX"))
+
 #: Seconds after which a broker gives a message to another worker that nobody has confirmed.
 VISIBILITY = 1
 #: Seconds for which an impatient worker offers an outcome.

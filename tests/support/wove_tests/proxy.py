@@ -18,6 +18,7 @@ import random
 import socket
 import struct
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -103,7 +104,11 @@ class TcpProxy:
         self._random = random.Random(seed)
         self._weather = _Weather()
         self._links: set[_Link] = set()
+        #: What may not be closed yet, because the other end does not read.
+        self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._server: asyncio.Server | None = None
+        #: How many pieces of data are on their way.
+        self._passing = 0
         #: Connections accepted so far.
         self.accepted = 0
         #: Bytes that have passed, or been swallowed, by the way they went.
@@ -173,6 +178,11 @@ class TcpProxy:
         self._switch(self._weather, _Link.cut)
 
     @property
+    def busy(self) -> bool:
+        """Whether something is on its way."""
+        return bool(self._passing)
+
+    @property
     def connections(self) -> int:
         """How many clients are connected."""
         return len(self._links)
@@ -202,12 +212,16 @@ class TcpProxy:
         finally:
             ready.set()
         await self._ended.wait()
+        self._weather = _Weather("down", listening=False)
         self._close_listener()
-        tasks = [link.task for link in self._links if link.task is not None]
-        for link in list(self._links):
-            link.cut()
-        if tasks:
-            await asyncio.wait(tasks)
+        # Also those that are being accepted this moment; a task that never began would leave its connection open.
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for link in list(self._links):
+                link.cut()
+            await asyncio.wait(others, timeout=0.05)
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await asyncio.sleep(0.01)  # transports say in a turn of their own that they are closed
 
     async def _listen(self) -> None:
         if self._server is not None:
@@ -228,10 +242,12 @@ class TcpProxy:
         self._links.add(link)
         pumps: list[asyncio.Task[None]] = []
         try:
-            if self._weather.resetting:
-                link.cut(reset=True)
+            self._writers.add(writer)
+            if self._weather.resetting or not self._weather.listening:
+                link.cut(reset=self._weather.resetting)
                 return
             answers, link.upstream = await asyncio.open_connection(*self._upstream)
+            self._writers.add(link.upstream)
             pumps += [
                 asyncio.ensure_future(self._pump(link, reader, link.upstream, "request")),
                 asyncio.ensure_future(self._pump(link, answers, writer, "response")),
@@ -270,7 +286,11 @@ class TcpProxy:
             if way == "request":
                 link.answered = 0
                 link.asked_at = self._loop.time()
-            await self._pass_on(link, data, writer, passage)
+            self._passing += 1
+            try:
+                await self._pass_on(link, data, writer, passage)
+            finally:
+                self._passing -= 1
 
     async def _pass_on(
         self, link: _Link, data: bytes, writer: asyncio.StreamWriter, passage: _Passage

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Self
 
+#: Seconds that it may take to start.
+READY_SECONDS = 90.0
 # Debian's `rabbitmq-server` on PATH changes to the user rabbitmq and to that user's folders; the script
 # behind it runs as whoever calls it.
 _DEBIAN_SCRIPT = "/usr/lib/rabbitmq/bin/rabbitmq-server"
@@ -84,6 +86,10 @@ class RabbitServer(ManagedProcess):
         except BaseException:
             self._mapper.stop()
             raise
+
+    def wait_ready(self, timeout: float = READY_SECONDS) -> None:
+        """Return when it takes connections; a machine that is busy makes it slow to start."""
+        super().wait_ready(timeout)
 
     def stop(self, timeout: float = 0.0) -> None:
         """End node and port mapper at once: nothing in them is worth an orderly shutdown."""
