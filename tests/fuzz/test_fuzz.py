@@ -398,10 +398,10 @@ def _changed_request(dice: random.Random, run: OpenRun, body: bytes) -> bytes:
         case _:
             path = _change(dice, path.encode()).decode("latin-1")
     lines = [f"POST {path} HTTP/1.1", "Host: x", *(f"{k}: {v}" for k, v in headers.items())]
-    return (
-        "\r\n".join([*lines, f"Content-Length: {len(body)}", "Connection: close", "", ""]).encode("latin-1")
-        + body
-    )
+    # Some in the very form that the listener takes without aiohttp, some in another.
+    close = ["Connection: close"] if dice.random() < 0.5 else []
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}", *close, "", ""])
+    return head.encode("latin-1") + body
 
 
 def _raw(lease: Lease, request: bytes, *, whole: bool = True) -> int | None:
