@@ -339,6 +339,10 @@ def make_app(broker_url: str, *, name: str, backend: str | None = None) -> Any:
         def pool(self) -> Any:
             return self.connection_for_write().Pool(POOL_LIMIT)
 
+        def finalize(self, auto: bool = False) -> None:
+            # It executes no tasks: binding Celery's own ones is most of what an app costs.
+            self.finalized = True
+
         def connection_for_write(self, url: str | None = None, **options: Any) -> Any:
             return super().connection_for_write(url or broker_url, **options)
 

@@ -29,6 +29,11 @@ def adapter_names() -> list[str]:
     return sorted({*_SHIPPED, *(entry.name for entry in entry_points(group=GROUP))})
 
 
+def is_adapter(name: str) -> bool:
+    """Tell whether an adapter has that name. The shipped ones are known without a look at what is installed."""
+    return name in _SHIPPED or name in adapter_names()
+
+
 def load_adapter(name: str) -> type[BackendAdapter]:
     """Return the adapter class of that name; imports no backend library.
 

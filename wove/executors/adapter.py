@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
-from wove.adapters.registry import adapter_names, check_modules, load_adapter
+from wove.adapters.registry import adapter_names, check_modules, is_adapter, load_adapter
 from wove.backend import resolve_callback_url
 from wove.errors import ConfigurationError
 from wove.executors.base import EnvironmentExecutor, FrameChannel
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from wove.frames import Frame
     from wove.security import SecretRing
 
-__all__ = ["BackendAdapterEnvironmentExecutor", "adapter_names"]
+__all__ = ["BackendAdapterEnvironmentExecutor", "adapter_names", "is_adapter"]
 
 logger = logging.getLogger("wove.executors")
 

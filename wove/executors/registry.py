@@ -64,12 +64,11 @@ def build_executor_from_name(name: str) -> EnvironmentExecutor:
     build = _BUILT_IN.get(name)
     if build is not None:
         return build()
-    from wove.executors.adapter import BackendAdapterEnvironmentExecutor, adapter_names
+    from wove.executors.adapter import BackendAdapterEnvironmentExecutor, adapter_names, is_adapter
 
-    adapters = adapter_names()
-    if name in adapters:
+    if is_adapter(name):
         return BackendAdapterEnvironmentExecutor(name)
-    known = sorted({*_BUILT_IN, *adapters})
+    known = sorted({*_BUILT_IN, *adapter_names()})
     hint = nearest(name, known)
     listed = "" if hint.startswith("; known") else f" (known: {', '.join(known)})"
     raise ValueError(f"unknown executor {name!r}{hint}{listed}")
