@@ -100,8 +100,8 @@ async def copying(crew: Crew, name: str, copies: int) -> AsyncIterator[Environme
     async with ExecutorRuntime({"fleet": {**definition, "executor": executor}}) as runtime:
         yield runtime["fleet"]
         if name != "memory":
-            # What is left of it would run, and find nobody to report to.
-            await until(lambda: crew.idle(name), "every copy was taken")
+            # What is left of it would run, find nobody to report to, and keep its worker for minutes.
+            await until(lambda: crew.at_rest(name), "every copy was taken, and has ended", 40.0)
 
 
 async def deliver_again(crew: Crew, name: str) -> None:

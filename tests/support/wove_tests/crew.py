@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from celery import Celery
 from redis import Redis
 
 from wove.demo.processes import CeleryWorker, ManagedProcess, RedisServer, RqWorker
@@ -184,6 +185,16 @@ class Crew:
             if self._posts[name].executor == "rq":
                 return not client.llen(f"rq:queue:{name}") and not client.zcard(f"rq:wip:{name}")
             return not client.llen(name) and not client.hlen("unacked")
+
+    def at_rest(self, name: str) -> bool:
+        """Whether a worker has nothing to do, and is at nothing."""
+        if not self.idle(name):
+            return False
+        if self._posts[name].executor == "rq":
+            return True
+        with Celery("reader", broker=self.url(name), set_as_current=False) as app:
+            answers = app.control.inspect(timeout=1.0).active()
+        return bool(answers) and not any(answers.values())
 
     def definition(self, name: str, *, port: int | None = None, **changes: Any) -> dict[str, Any]:
         """Return the environment definition of a worker, which runs; ``executor_config`` is merged.
