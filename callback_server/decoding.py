@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wove import frames
-from wove.errors import ProtocolError, normalize_exception, safe_text
+from wove.errors import ProtocolError, normalize_exception
+from wove.exchange import decode_result
 from wove.no_pickle import decode_plain
 from wove.plain_data import from_tagged
 from wove.remote_errors import decode_exception
@@ -14,6 +15,8 @@ from wove.tables import CANCELLED, ERROR, RETURNED, unpack_table
 from wove.wire import decode_value, unpack_json, unpack_message, unpark
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Buffer
 
     from wove.callback_server.batches import OpenBatch
@@ -163,7 +166,7 @@ def _decode_outcomes(
 
 def _decode_member(frame: Frame, data: bytes, plain: bool) -> None:
     try:
-        _decode_result(frame, [memoryview(data)], plain)
+        decode_result(frame, [memoryview(data)], _plain_value if plain else decode_value)
     except Exception as exc:
         # Malformed, or a pickle where none is taken: its own run's error, and nobody else's.
         frame.pop("result", None)
@@ -245,7 +248,7 @@ def _decode_msgpack(body: Buffer, plain: bool) -> list[Frame]:
     batch = _frames_of(envelope)
     for frame in batch:
         if "result" in frame:
-            _decode_result(frame, attachments, plain)
+            decode_result(frame, attachments, _plain_value if plain else decode_value)
         if plain:
             frame.pop("exception", None)  # its text stands in the error
         elif "exception" in frame:
@@ -253,21 +256,8 @@ def _decode_msgpack(body: Buffer, plain: bool) -> list[Frame]:
     return batch
 
 
-def _decode_result(frame: Frame, attachments: list[memoryview], plain: bool) -> None:
-    try:
-        if plain:
-            frame["result"] = decode_plain(frame["result"], attachments, "a pickle was sent", _PLAIN_ONLY)
-        else:
-            frame["result"] = decode_value(frame["result"], attachments)
-    except ProtocolError:
-        raise
-    except BaseException as exc:
-        # Its class is missing here, say, or its module calls sys.exit(): an error of this
-        # run, and of no other, whereas SystemExit would end the listener of them all.
-        text = f"the result cannot be rebuilt in the submitter: {type(exc).__name__}: {safe_text(exc, 500)}"
-        error = {**normalize_exception(exc, source="executor"), "kind": "ResultDecodeError", "message": text}
-        del frame["result"]
-        frame.update(type=frames.TASK_ERROR, error=error)
+def _plain_value(described: Any, attachments: Sequence[memoryview]) -> Any:
+    return decode_plain(described, attachments, "a pickle was sent", _PLAIN_ONLY)
 
 
 def _decode_json(body: Buffer) -> list[Frame]:

@@ -19,6 +19,7 @@ from aiohttp import web
 
 from wove.buffers import room
 from wove.callback_server.large import send_body, take_body
+from wove.refusals import count_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -60,15 +61,18 @@ class Guard:
     Args:
         on_lost: called with each connection that has ended, soon after it did.
         on_pause: called when the server could not serve for some seconds.
+        counted_as: under what name errors that are answered count as refusals; "" for not at all.
     """
 
     def __init__(
         self,
         on_lost: Callable[[Any], None] | None = None,
         on_pause: Callable[[], None] | None = None,
+        counted_as: str = "",
     ) -> None:
         self._on_lost = on_lost
         self._on_pause = on_pause
+        self._counted_as = counted_as
         #: All that the last look saw, and those that it may close: since when, the longest first.
         self._known: set[Any] = set()
         self._silent: dict[Any, float] = {}  # they never asked for anything
@@ -149,6 +153,8 @@ class Guard:
                 response.force_close()
             return response
         except web.HTTPException as exc:
+            if exc.status >= 400 and self._counted_as:
+                count_refusal(f"{self._counted_as}:{exc.status}")
             if protocol in self._spent:
                 exc.force_close()
             raise
@@ -215,6 +221,12 @@ class Guard:
         counted = size if size > SMALL_BODY else 0
         if counted and self._bytes and self._bytes + counted > MAX_BYTES_IN_FLIGHT:
             raise refusal(web.HTTPServiceUnavailable(headers={"Retry-After": "1"}))
+        if read is _read_exactly and request.content.is_eof():
+            # It came with its head, as most do: nobody is waited for.
+            body = bytearray(request.content.read_nowait())
+            if len(body) != size:
+                raise refusal(web.HTTPBadRequest())
+            return body
         self._bytes += counted
         self._active.discard(request.protocol)
         self._reading[request.protocol] = time.monotonic()
@@ -235,13 +247,13 @@ async def send_guarded(request: web.Request, response: web.StreamResponse, messa
     """Send a message as the body of a prepared response, as long as the peer takes it.
 
     Returns:
-        False when it took nothing for BODY_SECONDS: the connection is closed.
+        False when it took nothing for BODY_SECONDS, or left: the connection is closed.
     """
     now = asyncio.get_running_loop().time
     try:
         async with asyncio.timeout(BODY_SECONDS) as deadline:
             await send_body(request, response, message, lambda: deadline.reschedule(now() + BODY_SECONDS))
-    except TimeoutError:
+    except (TimeoutError, ConnectionError):
         _abort(request.protocol)
         return False
     return True

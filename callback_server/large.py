@@ -165,7 +165,7 @@ async def send_body(
     """
     views = [memoryview(part).cast("B") for part in message]
     transport = request.transport
-    if transport is None or not views:
+    if transport is None or transport.is_closing() or not views:
         return
     # Together with the head; what comes after a full socket waits in the transport, and must not be overtaken.
     await response.write(views[0][:WRITTEN_AT_ONCE])

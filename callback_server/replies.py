@@ -24,10 +24,13 @@ class Answer(NamedTuple):
 
 
 def reply(status: int, headers: dict[str, str] | None = None, text: str | None = None) -> web.Response:
-    """Return an answer that tells our clock: by it workers know how long a payload has waited."""
-    return web.Response(
-        status=status, headers={"Wove-Time": f"{time.time():.6f}", **(headers or {})}, text=text
-    )
+    """Return an answer that tells our clock."""
+    return web.Response(status=status, headers={**clock(), **(headers or {})}, text=text)
+
+
+def clock() -> dict[str, str]:
+    """Return the header that tells our clock: by it workers know how long a payload has waited."""
+    return {"Wove-Time": f"{time.time():.6f}"}
 
 
 def gone(request: web.Request, *, ended: bool = False) -> web.HTTPException:

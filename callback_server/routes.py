@@ -28,7 +28,7 @@ from wove.callback_server.batches import OpenBatch
 from wove.callback_server.beats import Beats
 from wove.callback_server.decoding import BatchNews, decode_batch, decode_news, open_parked, open_parked_news
 from wove.callback_server.guard import LARGE_FROM, send_guarded
-from wove.callback_server.replies import ENDED, WITHDRAWN, Answer, gone, reply, unauthorized
+from wove.callback_server.replies import ENDED, WITHDRAWN, Answer, clock, gone, reply, unauthorized
 from wove.errors import ProtocolError, cut, lost, normalize_exception
 from wove.security import (
     event_mac,
@@ -85,8 +85,8 @@ class Routes:
         ]
 
     async def health(self, request: web.Request) -> web.Response:
-        """Answer that the listener is alive."""
-        return web.json_response({"status": "ok"})
+        """Answer that the listener is alive; workers learn our clock from it."""
+        return web.json_response({"status": "ok"}, headers=clock())
 
     # --- events ---------------------------------------------------------------
 
@@ -115,7 +115,7 @@ class Routes:
         connection = request.protocol if request.keep_alive else None
         answer = self._take_in(connection, run, key, tag, batch)
         return reply(
-            answer.status, {**answer.headers, WITHDRAWN: str(self._runs.withdrawn)}, answer.text or None
+            answer.status, {**answer.headers, WITHDRAWN: str(self._runs.count())}, answer.text or None
         )
 
     def take_report(self, connection: Any, report: Report) -> Answer | None:
@@ -143,7 +143,7 @@ class Routes:
         except ProtocolError:
             return None
         answer = self._take_in(connection, run, key, report.tag, batch)
-        return Answer(answer.status, {**answer.headers, WITHDRAWN: str(self._runs.withdrawn)}, answer.text)
+        return Answer(answer.status, {**answer.headers, WITHDRAWN: str(self._runs.count())}, answer.text)
 
     def _take_in(
         self, connection: Any, run: OpenRun, key: bytes, tag: bytes, batch: list[Frame] | BatchNews
@@ -162,7 +162,7 @@ class Routes:
             refusal = self._check_leave(run, run.executions.get(name), last)
             if refusal is not None:
                 return refusal
-        execution = run.execution(name, last["attempt"])
+        execution = self._runs.execution(run, name, last["attempt"])
         if execution is not None:
             if last.get("fence"):
                 execution.retry = _whole(last.get("retry"))
@@ -209,7 +209,7 @@ class Routes:
             refusal = self._check_leave(batch, batch.executions.get(news.execution), last)
             if refusal is not None:
                 return refusal
-        execution = batch.execution(news.execution, 1)
+        execution = self._runs.execution(batch, news.execution, 1)
         if execution is not None:
             if fence:
                 execution.retry = _whole(speaker.get("retry"))
@@ -305,7 +305,7 @@ class Routes:
         return None
 
     def _close_with(self, run: OpenRun, batch: list[Frame]) -> None:
-        self._runs.close(run.run_id, outcome=True)
+        self._runs.close(run.run_id)
         run.sink(batch)
 
     async def take_parked(self, run_id: str, blob: bytes) -> None:

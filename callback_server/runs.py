@@ -31,6 +31,9 @@ MAX_ENDED = 4096
 RECONNECT_SECONDS = 1.0
 #: Seconds without a word after which nobody waits for an execution any more: beats come every five.
 ALIVE_SECONDS = 8.0
+#: Seconds after which a run that a worker has begun counts as withdrawn from all others: a copy of it that
+#: a broker may hold is to be asked for.
+BEGUN_SECONDS = 0.02
 #: Executions of one run that are followed: each broker redelivery makes one more.
 MAX_EXECUTIONS = 64
 
@@ -228,9 +231,14 @@ class OpenRuns:
         #: at this address means nothing here.
         self.withdrawn = random.getrandbits(48)
         self._counting = threading.Lock()
+        # Runs that a worker is at, since when, and that were not counted yet; the oldest first.
+        self._begun: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._runs) + len(self._members)
+
+    def __contains__(self, run_id: str) -> bool:
+        return run_id in self._runs or run_id in self._members
 
     def get(self, run_id: str) -> OpenRun | None:
         """Return the open run, or batch, with that id."""
@@ -270,6 +278,23 @@ class OpenRuns:
         self._members.update(dict.fromkeys(batch.run_ids, batch))
         self._runs[batch.run_id] = batch
 
+    def execution(self, run: OpenRun, name: str, attempt: int) -> Execution | None:
+        """Return the execution of a run by its name, as :meth:`OpenRun.execution` does, and note a new one."""
+        known = len(run.executions)
+        execution = run.execution(name, attempt)
+        if len(run.executions) > known:
+            self._begun.setdefault(run.run_id, time.monotonic())
+        return execution
+
+    def count(self) -> int:
+        """Return the count of withdrawals as of now; in the listener's thread."""
+        if self._begun:
+            before = time.monotonic() - BEGUN_SECONDS
+            while self._begun and self._begun[oldest := next(iter(self._begun))] < before:
+                del self._begun[oldest]
+                self.withdraw()
+        return self.withdrawn
+
     def close(self, run_id: str, *, ended: bool = True, outcome: bool = False) -> OpenRun | None:
         """Take no more events for a run; requests for it are answered 410.
 
@@ -279,8 +304,6 @@ class OpenRuns:
             outcome: whether that is because a worker has ended it.
         """
         batch, run = self._take_out(run_id)
-        if not outcome and (run is not None or batch is not None):
-            self.withdraw()
         if run is not None:
             for member in tuple(getattr(run, "pending", ())):
                 self._shut(self._take_out(member)[1])
@@ -319,6 +342,7 @@ class OpenRuns:
 
     def _take_out(self, run_id: str) -> tuple[OpenBatch | None, OpenRun | None]:
         self._cancelled.pop(run_id, None)
+        self._begun.pop(run_id, None)
         with self._lock:
             return self._members.pop(run_id, None), self._runs.pop(run_id, None)
 
@@ -368,7 +392,6 @@ class OpenRuns:
         if run is None or run.cancelled:
             return
         run.cancelled = True
-        self.withdraw()
         run.cancelled_at = time.monotonic()
         run.message = run.part = None
         # Most workers acknowledge; one that died never does, and is forgotten in the end.

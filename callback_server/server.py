@@ -67,7 +67,7 @@ class CallbackListener:
         self.tls = tls
         self.runs = OpenRuns()
         self.contacts = Contacts()
-        self.guard = Guard(self.contacts.lost, self.runs.forgive)
+        self.guard = Guard(self.contacts.lost, self.runs.forgive, "callback")
         self._routes: Routes | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -140,6 +140,8 @@ class CallbackListener:
 
     def close_runs(self, run_ids: list[str], *, ended: bool = True) -> None:
         """Take no more events for these runs; ``ended`` tells whether they are over."""
+        if any(run_id in self.runs for run_id in run_ids):
+            self.runs.withdraw()  # this moment, however busy the loop is
         self._call(lambda: [self.runs.close(run_id, ended=ended) for run_id in run_ids])
 
     def wake_run(self, run: OpenRun) -> None:
@@ -148,6 +150,7 @@ class CallbackListener:
 
     def cancel_run(self, run_id: str) -> None:
         """Tell the run's worker to stop."""
+        self.runs.withdraw()
         self._call(self.runs.cancel, run_id)
 
     async def take_parked(self, run_id: str, blob: bytes) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -38,3 +40,44 @@ def copied(data: Buffer) -> memoryview:
     copy = room(view.nbytes)
     copy[:] = view
     return copy
+
+
+class Original:
+    """Bytes of which everybody gets a copy of their own: a page is copied when it is written to.
+
+    Where the system knows no such thing, and for small ones, each copy is made whole.
+
+    Attributes:
+        data: the bytes; nobody writes to them once there are copies.
+    """
+
+    __slots__ = ("__weakref__", "_file", "data")
+
+    def __init__(self, size: int) -> None:
+        self._file: int | None = None
+        if size >= MAPPED_FROM:
+            with suppress(OSError, AttributeError):  # elsewhere than on Linux, or not allowed
+                self.data, self._file = _shared_memory(size)
+                weakref.finalize(self, os.close, self._file)
+                return
+        self.data = room(size)
+
+    def copy(self) -> memoryview:
+        """Return a writable copy."""
+        if self._file is None:
+            return copied(self.data)
+        import mmap
+
+        return memoryview(mmap.mmap(self._file, self.data.nbytes, flags=mmap.MAP_PRIVATE))
+
+
+def _shared_memory(size: int) -> tuple[memoryview, int]:
+    import mmap
+
+    file = os.memfd_create("wove", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(file, size)
+        return memoryview(mmap.mmap(file, size)), file
+    except BaseException:
+        os.close(file)
+        raise

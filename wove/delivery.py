@@ -329,7 +329,8 @@ class RunTable:
             run.ever_started = True
             if run.state is not RunState.CANCELLING:
                 run.state = RunState.STARTED
-            self._watch(run)
+            if frame["type"] not in frames.TERMINAL:  # else it has no deadline any more
+                self._watch(run)
 
     def _requeued(self, run: Run, frame: Mapping[str, Any]) -> None:
         """The backend itself will run the payload again: nothing is heard of it until then."""

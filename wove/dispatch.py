@@ -23,6 +23,7 @@ from wove.errors import (
     WoveError,
     safe_text,
 )
+from wove.executors.base import EVENTS_PER_TURN, is_whole
 from wove.policy import DeliveryPolicy
 from wove.run_ids import new_run_id
 from wove.shared_parts import SharedCallable
@@ -49,8 +50,6 @@ FAREWELL_SECONDS = 1.5
 SILENCE_SECONDS = 30.0
 #: Longest name of a task, in characters.
 MAX_TASK_ID = 1_000
-#: The receiver lets other tasks run after so many events without a pause.
-EVENTS_PER_TURN = 200
 #: Seconds before a run is submitted again: grows with each attempt up to the second.
 AGAIN_AFTER = 0.1
 AGAIN_AT_MOST = 10.0
@@ -155,7 +154,9 @@ class Dispatcher:
                     f"environment {self.name!r} did not start within {START_SECONDS:g} s"
                 ) from None
             raise
-        self._receiver = self._spawn(self._receive(), f"wove-receiver-{self.name}")
+        self._posts = self.executor.post is not None and is_whole(self.executor, "post", "send")
+        if not (is_whole(self.executor, "attach", "recv") and self.executor.attach(self._take_attached)):
+            self._receiver = self._spawn(self._receive(), f"wove-receiver-{self.name}")
 
     async def stop(self) -> None:
         """End every open run by its orphan policy, then stop the executor. Idempotent."""
@@ -319,7 +320,7 @@ class Dispatcher:
     def begins(self, policy: DeliveryPolicy) -> bool:
         """Tell whether :meth:`begin` can be used for calls with those settings."""
         return (
-            self.executor.post is not None
+            self._posts
             and self._slots is None
             and policy.idempotency_key is None
             and policy.cancel_mode == "best_effort"
@@ -388,14 +389,9 @@ class Dispatcher:
             waiter.frame = frame
         self._waiters[run.run_id] = waiter
         self._alarm.set()
-        if self.executor.post is None or policy.keeps_work:
+        if not self._post(run, frame):
             # A task of its own: deadlines hold while `send` hangs.
             waiter.sending = self._spawn(self._submit(run, frame), "wove-submit")
-            return run, waiter
-        try:
-            self.executor.post(frame, partial(self._accepted, run, run.attempt))
-        except Exception as exc:
-            self._accepted(run, run.attempt, exc)
         return run, waiter
 
     def _delivery(self, policy: DeliveryPolicy, *, mapped: bool) -> dict[str, Any]:
@@ -423,6 +419,18 @@ class Dispatcher:
                     "source": "executor",
                 }
             ) from self._broken
+
+    def _post(self, run: Run, frame: Frame) -> bool:
+        """Submit a run without a task, where its executor can; what is to outlive this process is waited for."""
+        post = self.executor.post
+        if not self._posts or post is None or run.policy.keeps_work:
+            return False
+        done = partial(self._accepted, run, run.attempt)
+        try:
+            return post(frame, done) is not False
+        except Exception as exc:
+            done(exc)
+            return True
 
     async def _submit(self, run: Run, frame: Frame) -> None:
         attempt = frame["delivery"]["attempt"]
@@ -512,6 +520,12 @@ class Dispatcher:
             if _asked_to_stop():
                 raise
             self._break(exc)
+        except Exception as exc:
+            self._break(exc)
+
+    def _take_attached(self, frame: Frame) -> None:
+        try:
+            self._take(frame)
         except Exception as exc:
             self._break(exc)
 

@@ -38,7 +38,15 @@ class EncodeError(WoveError, TypeError):
 
 
 class PayloadRejectedError(WoveError):
-    """A worker refused a payload: it is not signed with a secret the worker knows."""
+    """A worker refused a payload: it is not signed with a secret the worker knows, say.
+
+    ``reason`` is one word of ``malformed``, ``signature``, ``callback``, ``environment``, ``expired``, ``version``,
+    ``function`` and ``pickle``.
+    """
+
+    def __init__(self, message: str, *, reason: str = "malformed") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class SubmitError(WoveError):

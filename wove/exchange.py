@@ -14,10 +14,10 @@ from wove import frames
 from wove.backend import encode_arguments
 from wove.errors import ProtocolError, lost, normalize_exception, safe_text
 from wove.remote_errors import decode_exception
-from wove.wire import decode_value, encode_callable, pack_message, unpack_message
+from wove.wire import decode_value, encode_callable, encode_light, pack_message, unpack_message
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from typing_extensions import Buffer
 
@@ -36,17 +36,26 @@ UNKNOWN = "unknown"
 #: Entries of a list within an envelope; longer ones are sent in several packets.
 MAX_LIST = 60
 
+#: Packets up to this size, in bytes, are copied rather than kept in pieces.
+SMALL_PACKET = 16 * 1024
+
 _LENGTH = struct.Struct(">I")
 
 
-def encode_run(frame: Frame) -> list[Buffer]:
+def encode_run(frame: Frame, reference: str | None = None) -> list[Buffer]:
     """Encode a ``run_task`` command.
+
+    Args:
+        frame: the command.
+        reference: the callable's name, where that was looked up and the arguments were seen to be scalars.
 
     Raises:
         EncodeError: the callable or an argument cannot be sent; names it.
     """
     attachments: list[Buffer] = []
     delivery = frame.get("delivery") or {}
+    positional, keywords = list(frame.get("positional", ())), dict(frame["args"])
+    encode = encode_arguments if reference is None else _encode_scalars
     envelope = {
         "type": frames.RUN_TASK,
         "v": VERSION,
@@ -56,10 +65,14 @@ def encode_run(frame: Frame) -> list[Buffer]:
         "heartbeat": delivery.get("heartbeat_seconds"),
         "keep": delivery.get("keep", False),
         "max_body": frame.get("max_body"),
-        "callable": encode_callable(frame["callable"], attachments),
-        "args": encode_arguments(list(frame.get("positional", ())), dict(frame["args"]), attachments),
+        "callable": reference or encode_callable(frame["callable"], attachments),
+        "args": encode(positional, keywords, attachments),
     }
     return pack_message(envelope, attachments)
+
+
+def _encode_scalars(positional: list[Any], keywords: dict[str, Any], attachments: list[Buffer]) -> list[Any]:
+    return encode_light([positional, keywords], attachments)
 
 
 def encode_cancel(run_id: str) -> list[Buffer]:
@@ -166,10 +179,20 @@ class Packet:
         return frame
 
 
-def decode_result(frame: Frame, attachments: Sequence[memoryview]) -> None:
-    """Decode the result in ``frame``; where it cannot be rebuilt the frame becomes a ``task_error``."""
+def decode_result(
+    frame: Frame,
+    attachments: Sequence[memoryview],
+    rebuild: Callable[[Any, Sequence[memoryview]], Any] = decode_value,
+) -> None:
+    """Decode the result in ``frame``; where it cannot be rebuilt the frame becomes a ``task_error``.
+
+    Raises:
+        ProtocolError: it is malformed.
+    """
     try:
-        frame["result"] = decode_value(frame["result"], attachments)
+        frame["result"] = rebuild(frame["result"], attachments)
+    except ProtocolError:
+        raise
     except BaseException as exc:
         # Its class is missing here, say, or its module calls sys.exit(): that ends one run and nothing else.
         text = f"the result cannot be rebuilt in the submitter: {type(exc).__name__}: {safe_text(exc, 500)}"
@@ -180,6 +203,8 @@ def decode_result(frame: Frame, attachments: Sequence[memoryview]) -> None:
 
 def framed(parts: Sequence[Buffer], tag: bytes = b"") -> list[Buffer]:
     """Return a packet as it stands on a stream: its length, its signature, its bytes."""
+    if len(parts) == 1 and type(part := parts[0]) is bytes and len(part) <= SMALL_PACKET:
+        return [b"".join((_LENGTH.pack(len(tag) + len(part)), tag, part))]
     size = len(tag) + sum(memoryview(part).nbytes for part in parts)
     return [_LENGTH.pack(size) + tag, *parts]
 
@@ -231,6 +256,8 @@ class PacketReader:
         """
         view = memoryview(data)
         done: list[memoryview] = []
+        if self.idle:
+            view = self._take_small(view, done)
         while view.nbytes or (self._body is not None and self._at == len(self._body)):
             if self._body is None:
                 view = self._read_head(view)
@@ -243,6 +270,19 @@ class PacketReader:
                 done.append(memoryview(self._body))
                 self._body = None
         return done
+
+    def _take_small(self, view: memoryview, done: list[memoryview]) -> memoryview:
+        """Take the small packets that are there as a whole, which most are; return what follows them."""
+        at, end = 0, view.nbytes
+        while at + _LENGTH.size <= end:
+            (size,) = _LENGTH.unpack_from(view, at)
+            after = at + _LENGTH.size + size
+            if size > SMALL_PACKET or size > self._limit or after > end:
+                break
+            # A copy: what it is read into is read into again.
+            done.append(memoryview(bytes(view[at + _LENGTH.size : after])))
+            at = after
+        return view[at:]
 
     def room(self) -> memoryview | None:
         """Return where the rest of a large packet belongs, to be read into directly, or None."""

@@ -4,7 +4,8 @@ A frame is a dictionary with a ``type``. Commands go to an executor, events come
 
 Commands:
     ``run_task``: ``run_id``, ``task_id``, ``callable``, ``args`` (mapping of keyword
-    arguments), ``positional`` (tuple, only where there are any), ``delivery`` (mapping).
+    arguments), ``positional`` (tuple, only where there are any), ``delivery`` (mapping);
+    ``shared`` only for executors that take it (see ``wove/shared_parts.py``).
     ``cancel_task``: ``run_id``, ``task_id``, ``delivery``.
     ``shutdown``: nothing else.
 Events, each with ``run_id``, ``task_id``, ``attempt`` (from 1) and ``seq`` (from 1):
@@ -46,12 +47,13 @@ EVENTS = TERMINAL | {TASK_STARTED, HEARTBEAT, PROGRESS, LOG, TASK_RETRY}
 
 #: A run id is 32 hexadecimal characters: valid as a Celery task id, an RQ job id, a part of a URL.
 RUN_ID_LENGTH = 32
-_HEX = frozenset("0123456789abcdef")
+_HEX = "0123456789abcdef"
 
 
 def is_run_id(value: object) -> bool:
     """Tell whether ``value`` has the form of a run id."""
-    return isinstance(value, str) and len(value) == RUN_ID_LENGTH and _HEX.issuperset(value)
+    # Nothing is left where every character is one of them.
+    return isinstance(value, str) and len(value) == RUN_ID_LENGTH and not value.strip(_HEX)
 
 
 def event(kind: str, run_id: str, task_id: str, attempt: int, seq: int, **fields: Any) -> Frame:

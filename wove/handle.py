@@ -156,6 +156,10 @@ class EnvironmentHandle:
             in_flight: runs open at once; default ``delivery_max_in_flight``, or from 128 up to 1024: as many as
                 end within a moment.
 
+        A ``func`` that does not go by name, such as ``partial(score, model=weights)``, is encoded at the first
+        run, and a large one sent once to each worker process: later changes to what it holds do not
+        reach the runs of this ``map``.
+
         Leaving the loop early cancels the open runs (at once when the iterator is closed
         with ``aclose()``, or by ``contextlib.aclosing``).
         """

@@ -47,7 +47,7 @@ def decode_plain(
         PayloadRejectedError: it is a pickle; nothing of it was read.
     """
     if type(descriptor) is not list or not descriptor or descriptor[0] not in ("data", "tagged"):
-        raise PayloadRejectedError(f"{what}: {who} plain data only: {KINDS}")
+        raise PayloadRejectedError(f"{what}: {who} plain data only: {KINDS}", reason="pickle")
     return decode_value(descriptor, attachments)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from wove.errors import PayloadRejectedError
 from wove.keyring import MIN_SECRET, Secret, SecretRing, cookie_path, find_secrets, is_cookie
+from wove.refusals import refusals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 #: Names of :mod:`wove.keyring` and :mod:`wove.network_security` are known by this module's name as well.
 __all__ = [
     "MIN_SECRET", "NetworkExecutorSecurity", "Secret", "SecretRing", "beat_tag", "cancel_tag", "cookie_path",
-    "event_mac", "event_tag", "fetch_tag", "find_secrets", "is_cookie", "mac", "open_payload", "part_tag", "reply_tag", "run_key",
-    "same", "scrub", "seal_payload", "webhook_token", "without_passwords",
+    "event_mac", "event_tag", "fetch_tag", "find_secrets", "is_cookie", "mac", "open_payload", "part_tag", "refusals", "reply_tag",
+    "run_key", "same", "scrub", "seal_payload", "webhook_token", "without_passwords",
 ]  # fmt: skip
 
 #: Bytes of a signature.
@@ -36,10 +37,10 @@ TAG_SIZE = 32
 #: Bytes of a run's nonce.
 NONCE_SIZE = 16
 
-#: Up to so many bytes are signed by one call.
-_AT_ONCE = 16 * 1024
 #: How every payload begins: the name, and the version of what follows.
 PAYLOAD_MAGIC = b"WOVE\x01"
+#: Up to so many bytes are signed by one call.
+_AT_ONCE = 16 * 1024
 _LENGTH = struct.Struct(">I")
 
 
@@ -104,12 +105,14 @@ def open_payload(ring: SecretRing, payload: bytes) -> tuple[str, Secret, memoryv
     if secret is None:
         raise PayloadRejectedError(
             f"the payload is signed with a secret that this worker does not have (it uses {ring.source}): "
-            "give the submitter and its workers the same WOVE_SECRET"
+            "give the submitter and its workers the same WOVE_SECRET",
+            reason="signature",
         )
     if not same(_payload_tag(secret, kid, name, [message]), tag):
         raise PayloadRejectedError(
             f"the payload's signature is wrong: it was changed on its way, or signed with another secret than "
-            f"{ring.source}: give the submitter and its workers the same WOVE_SECRET"
+            f"{ring.source}: give the submitter and its workers the same WOVE_SECRET",
+            reason="signature",
         )
     return name.decode(), secret, message
 

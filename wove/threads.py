@@ -48,6 +48,11 @@ class DaemonPool:
         threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True).start()
         return future
 
+    @property
+    def has_room(self) -> bool:
+        """Whether fewer calls are queued or running than threads may be."""
+        return self._outstanding < self._size
+
     def close_after(self) -> None:
         """Let the threads end after what was submitted; take no more."""
         with self._lock:

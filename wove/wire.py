@@ -60,6 +60,8 @@ MAX_JSON = 16 * 1024 * 1024
 OUT_OF_BAND_FROM = 64 * 1024
 #: Where the largest of them begins is a multiple of this.
 ALIGNMENT = 64
+#: Messages whose attachments have up to so many bytes are one buffer: one write, one signature.
+JOINED_UP_TO = 8 * 1024
 
 _HEAD = struct.Struct(">I")
 Descriptor = list[Any]
@@ -102,6 +104,17 @@ def encode_value(value: Any, attachments: list[Buffer]) -> Descriptor:
             f"a value of type {type_name(value)} cannot be sent: {type(exc).__name__}: {safe_text(exc, 400)}"
         ) from exc
     return ["pickle", first, len(attachments) - first]
+
+
+def encode_light(value: Any, attachments: list[Buffer]) -> Descriptor:
+    """Encode lists and dictionaries of scalars that are known to be plain; see :func:`encode_value`."""
+    require_msgpack()
+    try:
+        data = msgpack.packb(value, use_bin_type=True)
+    except (ValueError, OverflowError, TypeError):
+        return encode_value(value, attachments)  # a lone surrogate, or an integer beyond 64 bits
+    attachments.append(data)
+    return ["data", len(attachments) - 1, 1]
 
 
 def decode_value(descriptor: Any, attachments: Sequence[memoryview]) -> Any:
@@ -280,10 +293,12 @@ def pack_message(envelope: Mapping[str, Any], attachments: Sequence[Buffer]) -> 
     made from it as it lies there, and computing with one that begins anywhere is slow, or refused.
     """
     require_msgpack()
-    sizes = [memoryview(part).nbytes for part in attachments]
+    sizes = [len(part) if type(part) is bytes else memoryview(part).nbytes for part in attachments]
     fields = {**envelope, "sizes": sizes}
     head = msgpack.packb(fields, use_bin_type=True)
-    if sizes and max(sizes) >= OUT_OF_BAND_FROM:
+    if sum(sizes) <= JOINED_UP_TO:
+        return [b"".join((_HEAD.pack(len(head)), head, *attachments))]
+    if max(sizes) >= OUT_OF_BAND_FROM:
         largest = sizes.index(max(sizes))
         # As short as it is, this is as long with any content: two bytes and those in it.
         at = _HEAD.size + len(msgpack.packb({**fields, "pad": b""})) + sum(sizes[:largest])
@@ -335,14 +350,16 @@ def unpack_message(body: Buffer) -> tuple[dict[str, Any], list[memoryview]]:
     envelope = _unpack_envelope(view[_HEAD.size : at])
     sizes = envelope.pop("sizes", None)
     envelope.pop("pad", None)
-    if type(sizes) is not list or any(type(size) is not int or size < 0 for size in sizes):
+    if type(sizes) is not list:
         raise ProtocolError("a message's sizes are not whole numbers")
-    if at + sum(sizes) != view.nbytes:
-        raise ProtocolError("a message's attachments do not fill it")
     parts = []
     for size in sizes:
+        if type(size) is not int or size < 0:
+            raise ProtocolError("a message's sizes are not whole numbers")
         parts.append(view[at : at + size])
         at += size
+    if at != view.nbytes:
+        raise ProtocolError("a message's attachments do not fill it")
     return envelope, parts
 
 

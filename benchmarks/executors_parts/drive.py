@@ -1,4 +1,9 @@
-"""Measures one environment of whichever Wove this interpreter has; prints JSON. Started by executors.py."""
+"""Measures one environment of whichever Wove this interpreter has. Started by executors.py, which says when.
+
+Reads one request per line, as JSON, and answers each with one line: ``{"measure": "latency", "calls": 200}`` with
+the times of that many calls one after another, in milliseconds; ``"throughput"`` with calls a second;
+``"array"`` with the seconds of one round trip. What cannot be measured is answered with ``{"fails": why}``.
+"""
 
 import asyncio
 import json
@@ -8,23 +13,24 @@ import time
 from bench_tasks import noop
 
 SECONDS = 60
-#: Calls one after another.
-LATENCIES = 1_000
+#: Bytes of the array that goes there and back.
+ARRAY_BYTES = 64 * 1024 * 1024
 
 
 async def latency(call, options):
-    """Return the sorted times of calls one after another, in seconds."""
+    """Return the times of calls one after another, in milliseconds."""
     took = []
-    for number in range(LATENCIES):
+    for number in range(options["calls"]):
         begun = time.perf_counter()
         await call(number)
-        took.append(time.perf_counter() - begun)
-    return sorted(took)
+        took.append((time.perf_counter() - begun) * 1000)
+    return took
 
 
 async def throughput(call, options):
     """Return calls a second."""
-    numbers = iter(range(options["calls"]))
+    calls = options["calls"]
+    numbers = iter(range(calls))
 
     async def caller():
         for number in numbers:
@@ -32,14 +38,14 @@ async def throughput(call, options):
 
     begun = time.perf_counter()
     await asyncio.gather(*(caller() for _ in range(options["concurrency"])))
-    return options["calls"] / (time.perf_counter() - begun)
+    return calls / (time.perf_counter() - begun)
 
 
 async def array(call, options):
     """Return the seconds that 64 MiB take there and back."""
     import numpy
 
-    sent = numpy.arange(8 * 1024 * 1024, dtype="float64")
+    sent = numpy.arange(ARRAY_BYTES // 8, dtype="float64")
     begun = time.perf_counter()
     back = await call(sent)
     took = time.perf_counter() - begun
@@ -48,21 +54,25 @@ async def array(call, options):
     return took
 
 
-async def measured(measure, call, options):
+MEASURES = {"latency": latency, "throughput": throughput, "array": array}
+
+
+async def measured(call, options):
     """Return a figure, or why there is none."""
     try:
-        return await asyncio.wait_for(measure(call, options), SECONDS)
+        return await asyncio.wait_for(MEASURES[options["measure"]](call, options), SECONDS)
     except TimeoutError:
-        return f"no end within {SECONDS} s"
+        return {"fails": f"no end within {SECONDS} s"}
     except Exception as exc:
-        return f"fails: {type(exc).__name__}"
+        return {"fails": f"fails: {type(exc).__name__}"}
 
 
-async def main(options):
-    """Print what was measured."""
+async def main(definition):
+    """Answer requests until there are no more."""
     from wove.environment import ExecutorRuntime
 
-    runtime = ExecutorRuntime(environment_definitions={"there": options["definition"]}, run_config={})
+    loop = asyncio.get_running_loop()
+    runtime = ExecutorRuntime(environment_definitions={"there": definition}, run_config={})
     await runtime.start()
 
     async def call(value):
@@ -70,16 +80,8 @@ async def main(options):
             task_name="noop", task_func=noop, task_args={"value": value}, task_info={"environment": "there"}
         )
 
-    for _ in range(50):
-        await call(0)
-    took = await measured(latency, call, options)
-    found = {
-        "p50_ms": took[LATENCIES // 2] * 1000 if isinstance(took, list) else took,
-        "p99_ms": took[LATENCIES * 99 // 100] * 1000 if isinstance(took, list) else took,
-        "per_second": await measured(throughput, call, options),
-        "array_s": await measured(array, call, options),
-    }
-    print(json.dumps(found), flush=True)
+    while line := await loop.run_in_executor(None, sys.stdin.readline):
+        print(json.dumps(await measured(call, json.loads(line))), flush=True)
     try:
         await asyncio.wait_for(runtime.stop(), 10)
     except Exception as exc:  # what was measured counts

@@ -78,14 +78,15 @@ def start_rows(bench: Bench) -> list[Row]:
     first = Row("start-first", group, "first in a process, imports of Celery and all", "ms")
     second = Row("start-second", group, "second, after the first was stopped", "ms", [Want(2.0)])
     beside = Row("start-beside", group, "second, while the first goes on", "ms", [Want(2.0)])
+    stop = Row("start-stop", group, "stopping the only one, nothing in flight", "ms")
+    rows = {"first": first, "second": second, "beside": beside, "stop": stop}
     for number in range(bench.scale.light_rounds + 1):
         for name in _contenders(bench, first):
             figures = _lonely(bench, name, "starts")
-            if number:
-                first.add(name, figures["first"])
-                second.add(name, figures["second"])
-                beside.add(name, figures["beside"])
-    return [first, second, beside]
+            if number:  # the first one may compile
+                for what, row in rows.items():
+                    row.add(name, figures[what])
+    return list(rows.values())
 
 
 def memory_rows(bench: Bench) -> list[Row]:

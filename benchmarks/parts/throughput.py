@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 #: Items of the ``map`` by which is found out how many are worth a measurement.
 SOUNDING = 300
+MOST_SOUNDINGS = 6
 NAP_SECONDS = 0.1
 THREADS = 50
 #: Whose processor time is measured.
@@ -116,11 +117,13 @@ class _Rows:
         least = min(SOUNDING, scale.items, self._count)
         for lane in lanes:
             # More than once: batches grow with what was seen, and only where there is enough to batch.
-            count, self._items = 0, least
-            while self._items > 2 * count:
+            self._items = least
+            for number in range(MOST_SOUNDINGS):
                 count = self._items
                 rate = count / lane.work("map", count=count)["seconds"]
                 self._items = max(least, min(scale.items, int(rate * scale.map_seconds)))
+                if self._items <= 2 * count and number >= 2:
+                    break
         self.batched.title = f"`map` over {self._items:,} items, against calls at once"
 
     def turn(self, lane: Lane, column: str) -> Iterator[tuple[Row, str, float]]:
@@ -155,7 +158,7 @@ def stall_rows(fleet: Fleet) -> list[Row]:
     def turn(lane: Lane) -> Iterator[tuple[Row, str, float]]:
         yield row, lane.name, lane.work("stall", count=scale.stalls)["stall"]
 
-    fleet.race(scale.light_rounds, turn)
+    fleet.race(scale.few_rounds + 1, turn)
     row.failures.update(fleet.failures())
     return [row]
 
@@ -163,7 +166,8 @@ def stall_rows(fleet: Fleet) -> list[Row]:
 def window_rows(fleet: Fleet) -> list[Row]:
     """What a call costs with few and with many in flight."""
     scale = fleet.bench.scale
-    few, many = min(100, scale.held // 10), scale.held
+    many = scale.held if scale.few_rounds > 1 else scale.held // 4
+    few = min(100, many // 5)
     calls = max(few, scale.celery * 2)
     title = f"a call with {many:,} in flight over one with {few:,}"
     wall = Row("flat", CELERY, f"{title}: time", "x", [Want(1.25)])

@@ -16,6 +16,7 @@ from wove_tests.waiting import until, until_exists, until_states
 
 from wove import ExecutorRuntime, SubmitError, WorkerLostError
 from wove.demo.processes import free_port
+from wove.executors.grpc import GrpcEnvironmentExecutor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -41,7 +42,7 @@ def service(request: pytest.FixtureRequest) -> Iterator[WorkerService]:
 async def handle(service: WorkerService) -> AsyncIterator[EnvironmentHandle]:
     """An environment of it."""
     async with ExecutorRuntime({"service": service.definition()}) as runtime:
-        yield runtime["service"]
+        yield await warmed_up(runtime["service"])
 
 
 def through(proxy: Proxy, service: WorkerService, **config: Any) -> dict[str, Any]:
@@ -54,8 +55,18 @@ def through(proxy: Proxy, service: WorkerService, **config: Any) -> dict[str, An
     return service.definition(executor_config={**address, **config})
 
 
+async def warmed_up(handle: EnvironmentHandle) -> EnvironmentHandle:
+    """Return the handle once runs go the way that most of them go: with gRPC by the call that stays open."""
+    executor = handle._dispatcher.executor
+    if isinstance(executor, GrpcEnvironmentExecutor):
+        assert await handle.run(tasks.double, 1) == 2
+        await until(lambda: executor._line is not None, "the line is open")
+    return handle
+
+
 async def start_a_run(handle: EnvironmentHandle, folder: Path, name: str = "run") -> asyncio.Task[Any]:
     """Return a call whose task waits for the file ``release``."""
+    await warmed_up(handle)
     started = folder / f"{name}-started"
     call = asyncio.ensure_future(
         handle.run(tasks.touch_and_wait_async, str(started), str(folder / "release"))
@@ -167,7 +178,7 @@ class TestLines:
             Proxy(service.port) as proxy,
             ExecutorRuntime({"service": through(proxy, service)}) as runtime,
         ):
-            handle = runtime["service"]
+            handle = await warmed_up(runtime["service"])
             proxy.delay = 0.005
             call = asyncio.ensure_future(handle.run(tasks.large, 8_000_000))
             await until(lambda: proxy.bytes_back > 500_000, "a part of it has arrived")
@@ -204,6 +215,7 @@ class TestLines:
             Proxy(service.port) as proxy,
             ExecutorRuntime({"slow": through(proxy, service)}) as runtime,
         ):
+            await warmed_up(runtime["slow"])
             proxy.delay = 0.01
             slow = asyncio.ensure_future(runtime["slow"].run(tasks.large, 4_000_000))
             await until(lambda: proxy.bytes_back > 100_000, "it reads")
@@ -211,6 +223,37 @@ class TestLines:
             assert results == [2 * n for n in range(50)]
             assert not slow.done()
             assert len(await slow) == 4_000_000
+
+    @pytest.mark.parametrize("path", ["a call of its own", "the open call"])
+    async def test_a_frozen_grpc_line_is_given_up_after_the_timeout(self, path: str) -> None:
+        with WorkerService("grpc", "--processes", "0", "--log-level", "warning") as service:
+            async with (
+                Proxy(service.port) as proxy,
+                ExecutorRuntime({"service": through(proxy, service, timeout=0.5)}) as runtime,
+            ):
+                handle = runtime["service"].options(delivery_heartbeat_seconds=60)
+                if path == "the open call":
+                    await warmed_up(runtime["service"])
+                proxy.freeze()
+                begun = time.monotonic()
+                with pytest.raises(
+                    (WorkerLostError, SubmitError), match=r'0\.5\d* s \(executor_config\["timeout"\]\)'
+                ):
+                    await handle.run(tasks.double, 1)
+                assert time.monotonic() - begun < SOON
+                proxy.thaw()
+                await proxy.cut()
+                assert await handle.run(tasks.double, 2) == 4
+
+    async def test_a_grpc_service_may_have_no_call_that_stays_open(self) -> None:
+        with WorkerService("grpc", "--processes", "0", "--log-level", "warning") as service:
+            definition = service.definition(executor_config={"method": "/other.Service/Send"})
+            async with ExecutorRuntime({"service": definition}) as runtime:
+                with pytest.raises(SubmitError, match="UNIMPLEMENTED"):
+                    await runtime["service"].run(tasks.double, 1)
+                executor = runtime["service"]._dispatcher.executor
+                assert isinstance(executor, GrpcEnvironmentExecutor)
+                await until(lambda: executor._line_from == float("inf"), "nobody asks again")
 
     async def test_a_socket_that_stays_away_ends_its_runs(self, tmp_path: Path) -> None:
         with WorkerService("websocket", "--processes", "0", "--log-level", "warning") as service:

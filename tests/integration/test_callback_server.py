@@ -55,6 +55,7 @@ from wove.security import (
     cancel_tag,
     event_tag,
     fetch_tag,
+    refusals,
     reply_tag,
     webhook_token,
 )
@@ -379,6 +380,23 @@ class TestSignatures:
         assert_open(lease, sink, run)
 
 
+class TestCounts:
+    """What was not taken can be read as numbers."""
+
+    def test_by_status(self, lease: Lease, run: OpenRun) -> None:
+        before = refusals()
+        assert ask(lease, "POST", events_path(run), b"x", {"Wove-Key": kid()}).status == 401
+        assert ask(lease, "POST", f"/wove/v1/events/{'0' * 32}", b"x").status == 410
+        assert ask(lease, "GET", "/nowhere").status == 404
+        assert ask(lease, "GET", "/healthz").status == 200
+        news = {key: count - before.get(key, 0) for key, count in refusals().items()}
+        assert {key: count for key, count in news.items() if count} == {
+            "callback:401": 1,
+            "callback:404": 1,
+            "callback:410": 1,
+        }
+
+
 class TestRefusals:
     """What is refused by its head alone."""
 
@@ -410,9 +428,14 @@ class TestRefusals:
             events_path(run), Wove_Key=kid(), Wove_Final="0", Content_Length=str(routes.MAX_NEWS + 1)
         )
         assert status_of(converse(lease, head)) == 413
-        for path in ("/wove/v1/beats", f"/wove/v1/failed/{run.run_id}"):
-            head = head_of(path, Content_Length=str(routes.MAX_NEWS + 1))
-            assert status_of(converse(lease, head)) == 413
+        length = str(routes.MAX_NEWS + 1)
+        assert status_of(converse(lease, head_of("/wove/v1/beats", Content_Length=length))) == 413
+        failed = f"/wove/v1/failed/{run.run_id}"
+        # Whose word it is comes first: its token stands in the head.
+        assert status_of(converse(lease, head_of(failed, Content_Length=length))) == 401
+        token = f"Bearer {webhook_token(key_of(run), run.run_id)}"
+        head = head_of(failed, Authorization=token, Content_Length=length)
+        assert status_of(converse(lease, head)) == 413
         assert_open(lease, sink, run)
 
     def test_no_length(self, lease: Lease, sink: Sink, run: OpenRun) -> None:
@@ -912,8 +935,8 @@ def connect(lease: Lease) -> Iterator[Callable[[], socket.socket]]:
 
 def closed_by_server(connection: socket.socket) -> bool:
     """Whether the server has closed a connection on which nothing was to be said."""
-    connection.setblocking(False)
     try:
+        connection.setblocking(False)
         return connection.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
         return False

@@ -152,6 +152,13 @@ def test_each_answer_tells_whether_anything_was_withdrawn(lease: Lease, sink: Si
     lease.renew_run(run, 2, None)
     assert lease.withdrawn == before + 3
     assert told(ordinary) == before + 3
+    with Line(lease) as line:
+        line.send(report(run, started(run), final=False))
+        line.reply()
+        wait_until(lambda: told(ordinary) == before + 4, "a run that a worker is still at is counted")
+        line.send(report(run, started(run), final=False))
+        line.reply()
+    assert told(ordinary) == before + 4, "once"
 
 
 CASES: dict[str, Callable[[OpenRun], bytes]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
 import time
@@ -117,14 +118,38 @@ class TestHandingOut:
         wait_until(lambda: run.part is None, "it is let go of")
         assert ask(lease, "GET", f"/wove/v1/parts/{run.run_id}", headers=headers).status == 410
 
-    def test_a_reader_that_leaves_harms_nobody(self, lease: Lease, sink: Sink) -> None:
+    def test_a_reader_that_leaves_harms_nobody(
+        self, lease: Lease, sink: Sink, caplog: pytest.LogCaptureFixture
+    ) -> None:
         run = open_run(lease, sink, part=as_part([secrets.token_bytes(20_000_000)]))
-        lines = [f"{name}: {value}" for name, value in asking(run, part_tag(key_of(run), run.run_id)).items()]
-        head = "\r\n".join([f"GET /wove/v1/parts/{run.run_id} HTTP/1.1", "Host: x", *lines, "", ""])
         with socket.create_connection((lease.host, lease.port), timeout=PATIENCE) as connection:
-            connection.sendall(head.encode())
+            connection.sendall(fetching(run))
             assert connection.recv(100_000)
         assert post(lease, run, result_body(run, 1)).status == 204
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+    def test_a_reader_that_does_not_read_is_cut(
+        self, lease: Lease, sink: Sink, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
+        run = open_run(lease, sink, part=as_part([secrets.token_bytes(40_000_000)]))
+        with socket.create_connection((lease.host, lease.port), timeout=PATIENCE) as connection:
+            connection.sendall(fetching(run))
+            wait_until(lambda: server_connections(lease) == 1, "it is there")
+            wait_until(lambda: server_connections(lease) == 0, "it is cut")
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def fetching(run: OpenRun) -> bytes:
+    """Return a request for a run's part."""
+    lines = [f"{name}: {value}" for name, value in asking(run, part_tag(key_of(run), run.run_id)).items()]
+    return "\r\n".join([f"GET /wove/v1/parts/{run.run_id} HTTP/1.1", "Host: x", *lines, "", ""]).encode()
+
+
+def server_connections(lease: Lease) -> int:
+    """Return how many connections the listener knows of."""
+    assert lease._listener is not None
+    return lease._listener.guard.connections
 
 
 class TestTakingIn:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from wove import (
     ConfigurationError,
     DeliveryOrphanedError,
     DeliveryTimeoutError,
+    EnvironmentExecutionError,
     ExecutorRuntime,
     WorkerLostError,
 )
@@ -605,3 +607,83 @@ class TestDeath:
             assert (await calls[0])[0] == "parked"
             assert (await calls[1])[0] == "parked"
             assert len(files.executions()) == 1
+
+
+PLAIN = {"queue_name": "sharing-plain", "pickle": False}
+
+
+class TestWithoutPickles:
+    """Shared jobs of environments, or workers, that take plain data only."""
+
+    @pytest.fixture
+    def listed(self, url: str) -> Iterator[RqWorker]:
+        """A worker that has a list of functions."""
+        path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
+        env = {"PYTHONPATH": path, "WOVE_ALLOW": "wove_tests.tasks:*", "WOVE_ENVIRONMENTS": "shared"}
+        with RqWorker(url, queues=["sharing-plain"], env=env) as worker:
+            yield worker
+
+    async def both(self, handles: list[EnvironmentHandle], func: Any, *args: Any) -> list[Any]:
+        """Make the same call by both and return what each got."""
+        calls = [asyncio.create_task(handle.run(func, *args)) for handle in handles]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    async def test_results_errors_and_refusals_are_for_all(
+        self, url: str, redis: Redis, files: Files, listed: RqWorker
+    ) -> None:
+        name = shared_name("shared", "sharing-plain", KEY)
+        async with submitters(url, 2, executor_config=PLAIN) as handles:
+            calls = [asyncio.create_task(handle.run(tasks.count_and_wait, *files.work)) for handle in handles]
+            await until(
+                lambda: any(f.startswith(JOINED.encode()) for f in redis.hkeys(name)), "one has joined"
+            )
+            files.release.touch()
+            results = await asyncio.gather(*calls)
+            assert results[0] == results[1]
+            assert len(files.executions()) == 1
+            # Errors are data, with the words of the exception.
+            for outcome in await self.both(handles, tasks.fail_builtin):
+                assert type(outcome) is EnvironmentExecutionError
+                assert "a builtin problem" in str(outcome)
+            # What is not on the list is refused to each of them.
+            for outcome in await self.both(handles, os.getpid):
+                assert isinstance(outcome, EnvironmentExecutionError)
+                assert "is not allowed on this worker" in str(outcome)
+            # What is no plain data comes back to nobody.
+            for outcome in await self.both(handles, tasks.make_point, 1, 2):
+                assert isinstance(outcome, EnvironmentExecutionError)
+                assert "only plain data travels here" in str(outcome)
+
+    async def test_one_that_takes_pickles_shares_with_one_that_does_not(
+        self, worker: RqWorker, url: str, redis: Redis, files: Files
+    ) -> None:
+        plain = ExecutorRuntime({"shared": definition(url, executor_config={"pickle": False})})
+        async with submitters(url, 1) as (handle,), plain:
+            blocked = await block(handle, files)
+            calls = await owner_and_joiner(redis, [plain["shared"], handle], tasks.make_point, 1, 2)
+            files.unblock.touch()
+            await blocked
+            refused, point = await asyncio.gather(*calls, return_exceptions=True)
+            assert point == tasks.Point(1, 2)
+            assert isinstance(refused, EnvironmentExecutionError)
+            assert "only plain data travels here" in str(refused)
+
+    async def test_one_that_is_refused_does_not_take_the_others_along(
+        self, worker: RqWorker, url: str, redis: Redis, files: Files, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expiring = ExecutorRuntime({"shared": definition(url, executor_config={"payload_expires": 60})})
+        async with submitters(url, 1) as (handle,), expiring:
+            blocked = await block(handle, files)
+            real = time.time
+            past = real() - 1_000
+            monkeypatch.setattr("wove.backend.time.time", lambda: past)
+            calls = [asyncio.create_task(expiring["shared"].run(tasks.double, 4))]
+            await until(lambda: party(redis), "there is a job")
+            monkeypatch.undo()
+            calls.append(asyncio.create_task(handle.run(tasks.double, 4)))
+            await until_joined(redis)
+            files.unblock.touch()
+            await blocked
+            refused, result = await asyncio.gather(*calls, return_exceptions=True)
+            assert result == 8
+            assert "it has expired" in str(refused)

@@ -19,6 +19,7 @@ from wove_tests.proxy import TcpProxy
 from wove_tests.waiting import until
 
 from wove import ExecutorRuntime, WorkerLostError
+from wove.buffers import Original
 from wove.callback_server import hub
 from wove.demo.processes import free_port
 from wove.errors import PayloadRejectedError, ProtocolError
@@ -95,12 +96,30 @@ async def test_a_thousand_runs_move_it_once_for_each_process(fleets: Fleets, pro
         assert open_runs(handle) == []
 
 
-async def test_every_run_has_objects_of_its_own(fleet: EnvironmentHandle, proxy: TcpProxy) -> None:
-    counts = np.zeros(MEBIBYTE, dtype=np.int64)
-    results = [n async for n in fleet.map(partial(tasks.count_in, counts), range(20), in_flight=4)]
-    assert results == [1] * 20, "one run saw what another had changed"
+@pytest.mark.parametrize("batch", [1, 10])
+@pytest.mark.parametrize("size", [1, MEBIBYTE])
+async def test_every_run_has_objects_of_its_own(batch: int, size: int, proxy: TcpProxy) -> None:
+    counts = np.zeros(size, dtype=np.int64)
+    definition = here(proxy)
+    definition["executor_config"]["batch"] = batch
+    async with ExecutorRuntime({"here": definition}) as runtime:
+        results = [n async for n in runtime["here"].map(partial(tasks.count_in, counts), range(40))]
+    assert results == [1] * 40, "one run saw what another had changed"
     assert not counts.any()
     assert proxy.passed["response"] < counts.nbytes + MEBIBYTE
+
+
+@pytest.mark.parametrize("batch", [1, 10])
+async def test_closures_have_a_state_for_each_run(batch: int) -> None:
+    seen: list[int] = []
+
+    def note(number: int) -> int:
+        seen.append(number)
+        return len(seen)
+
+    definition = {"executor": "memory", "executor_config": {"batch": batch}, "delivery_timeout": 60}
+    async with ExecutorRuntime({"here": definition}) as runtime:
+        assert [n async for n in runtime["here"].map(note, range(40))] == [1] * 40
 
 
 async def test_bound_methods_and_closures(fleet: EnvironmentHandle) -> None:
@@ -194,28 +213,40 @@ async def test_cut_in_the_middle_of_it(fleet: EnvironmentHandle, proxy: TcpProxy
     assert [x for x, _ in await running] == [1] * 8
 
 
-async def test_cancelled_before_it_is_fetched(fleet: EnvironmentHandle, proxy: TcpProxy) -> None:
+@pytest.mark.parametrize("batch", [1, 8])
+async def test_cancelled_before_it_is_fetched(batch: int, proxy: TcpProxy) -> None:
     model = np.ones(MEBIBYTE)
     proxy.cut_after_commit(MEBIBYTE)
-    running = asyncio.ensure_future(collect(fleet, partial(tasks.look_up, model), 8))
-    await until(lambda: proxy.passed["response"] > MEBIBYTE, "it was asked for")
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await running
-    proxy.up()
-    # Workers ask once more, are answered 410, and say so.
-    await until(lambda: open_runs(fleet) == [], "the runs are closed")
-    assert cached() == 0
+    definition = here(proxy)
+    definition["executor_config"]["batch"] = batch
+    async with ExecutorRuntime({"here": definition}) as runtime:
+        fleet = runtime["here"]
+        running = asyncio.ensure_future(collect(fleet, partial(tasks.look_up, model), 8))
+        await until(lambda: proxy.passed["response"] > MEBIBYTE, "it was asked for")
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        if batch == 1:
+            await until(
+                lambda: all(run.cancelled for run in open_runs(fleet)), "the listener has heard of it"
+            )
+        proxy.up()
+        # Workers ask once more; those of single runs are answered 410, and all of them say that they stop.
+        await until(lambda: open_runs(fleet) == [], "the runs are closed")
+        assert batch > 1 or cached() == 0
 
 
-async def test_it_cannot_be_had(proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch", [1, 8])
+async def test_it_cannot_be_had(batch: int, proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WOVE_RESULT_RETRY_SECONDS", "0")
 
     async def reset_soon() -> None:
         await until(lambda: proxy.passed["response"] > MEBIBYTE, "it was cut")
         proxy.up()
 
-    async with ExecutorRuntime({"here": here(proxy, delivery_retries=3)}) as runtime:
+    definition = here(proxy, delivery_retries=3)
+    definition["executor_config"]["batch"] = batch
+    async with ExecutorRuntime({"here": definition}) as runtime:
         proxy.cut_after_commit(MEBIBYTE)
         weather = asyncio.ensure_future(reset_soon())
         # The delivery failed, and is made again, part and all.
@@ -257,8 +288,7 @@ def test_who_knows_the_digest_has_not_got_it() -> None:
     shared = SharedCallable(partial(tasks.look_up, np.ones(MEBIBYTE)))
     part = shared.part()
     assert part is not None
-    fetched = parts.cache().get(("kid", "other", part.digest), lambda: memoryview(bytearray(part.size)))
-    assert fetched.readonly
+    parts.cache().get(("kid", "other", part.digest), lambda: Original(part.size))
     assert ("kid", ENVIRONMENT, part.digest) not in parts.cache()._kept
 
 

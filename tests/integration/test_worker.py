@@ -28,7 +28,8 @@ from wove_tests.waiting import until
 from wove import EncodeError, current
 from wove.backend import as_text
 from wove.demo.processes import free_port
-from wove.errors import PayloadRejectedError
+from wove.errors import ConfigurationError, PayloadRejectedError, ProtocolError
+from wove.refusals import refusals as counted
 from wove.remote_errors import decode_exception
 from wove.security import find_secrets, open_payload, seal_payload
 from wove.wire import pack_message, unpack_message
@@ -243,10 +244,26 @@ class TestOutcome:
         monkeypatch.setattr(session, "SETTLED", 3600.0)
         server.script["events"].extend([Answer(204, {"Wove-Withdrawn": told})] * 2)
         assert run(Payload(server.url, double, 0))
+        for origin in connection.clock_offsets:  # by its reply alone the clock may be a moment off
+            connection.clock_offsets[origin] = (0.0, time.time() - time.monotonic())
         waiting = Payload(server.url, double, 21, **payload)
         assert run(waiting, redelivered=again)
         first = server.events(waiting)[0].frames(waiting)[0]
         assert ("fence" in first) is asks
+
+    def test_a_copy_of_what_this_process_has_begun_is_asked_for(
+        self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(session, "FRESH", 0.0)
+        monkeypatch.setattr(session, "RECENT", 60.0)
+        monkeypatch.setattr(session, "SETTLED", 3600.0)
+        server.script["events"].extend([Answer(204, {"Wove-Withdrawn": "7"})] * 4)
+        assert run(Payload(server.url, double, 0))
+        payload = Payload(server.url, double, 21, withdrawn=7)
+        assert run(payload)
+        assert run(payload)
+        asked = ["fence" in request.frames(payload)[0] for request in server.events(payload)]
+        assert asked == [False, True, False]
 
     def test_what_waited_long_is_asked_for(
         self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
@@ -778,6 +795,24 @@ REJECTED: dict[str, tuple[Callable[[Payload], Any], str]] = {
 }
 
 
+def _as(**changes: Any) -> Callable[[Payload], bytes]:
+    return lambda payload: rebuilt(payload, lambda envelope: {**envelope, **changes})
+
+
+# By reason: what is done to a payload, and what is set on its worker.
+COUNTED: dict[str, tuple[Callable[[Payload], Any], dict[str, str]]] = {
+    "signature": (lambda payload: payload.blob[:-1], {}),
+    "malformed": (_as(run_id="x"), {}),
+    "callback": (lambda payload: payload.blob, {"WOVE_CALLBACK_ALLOW": "https://elsewhere.example"}),
+    "environment": (lambda payload: payload.blob, {"WOVE_ENVIRONMENTS": "finance"}),
+    "expired": (_as(sent_at=1.0, expires=60.0), {}),
+    "version": (_as(v=2), {}),
+    "function": (lambda payload: payload.blob, {"WOVE_ALLOW": "elsewhere:*"}),
+    "pickle": (_as(callable="builtins:abs", args=["pickle", 0, 1]), {"WOVE_ALLOW": "builtins:abs"}),
+    "settings": (lambda payload: payload.blob, {"WOVE_CALLBACK_ALLOW": "nonsense"}),
+}
+
+
 class TestRejection:
     """What is not signed with this worker's secret is refused before it is looked into."""
 
@@ -798,6 +833,30 @@ class TestRejection:
         # The recorder works.
         run(payload)
         assert decoded
+
+    @pytest.mark.parametrize("reason", sorted(COUNTED))
+    def test_it_is_counted(
+        self,
+        server: FakeCallbackServer,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+        reason: str,
+    ) -> None:
+        """P7: metric +1, and a record that can be told by its field."""
+        change, variables = COUNTED[reason]
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        payload = change(Payload(server.url, double, 21))
+        before = counted()
+        with pytest.raises((PayloadRejectedError, ProtocolError, ConfigurationError)):
+            execution.run(payload)
+        after = counted()
+        assert after.pop(f"payload:{reason}") == before.pop(f"payload:{reason}", 0) + 1
+        assert after == before
+        assert [record.wove_refusal for record in caplog.records if hasattr(record, "wove_refusal")] == [
+            reason
+        ]
+        assert CALLS == []
 
     @pytest.mark.parametrize("how", ["garbage", "an unknown secret", "all but a byte"])
     async def test_by_arun(self, server: FakeCallbackServer, decoded: list[str], how: str) -> None:

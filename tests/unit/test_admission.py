@@ -12,9 +12,10 @@ from wove.errors import ConfigurationError, EncodeError, PayloadRejectedError
 from wove.no_pickle import decode_plain, encode_plain, encode_plain_arguments, plain_reference
 from wove.wire import decode_value, encode_value
 from wove.worker import connection, transport
-from wove.worker.admission import admission, read_origin
+from wove.worker.admission import admission
 from wove.worker.allowed import AllowList
 from wove.worker.connection import split_url
+from wove.worker.origins import read_origin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

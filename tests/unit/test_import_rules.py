@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: From the bottom up. A module may import what stands below it and what stands beside it.
 LAYERS = (
-    {"buffers", "errors", "frames", "nonces", "plain_data", "threads"},
+    {"buffers", "eager", "errors", "frames", "nonces", "plain_data", "refusals", "threads"},
     {
         "decode_limits",
         "delivery",

@@ -29,11 +29,11 @@ GROWTH = 4
 MAX_AUTO = 256
 #: Messages that each worker should find, so that it need not wait for the next.
 SHARES = 2
-#: Runs of a callable that leave alone, to find out how long they take, and for how many seconds others wait for that.
-SCOUTS = 16
-SCOUT_SECONDS = 0.1
-#: Seconds for which runs wait for others while every worker is busy.
+#: Runs of a callable whose pace is not known that wait for a worker; more when as many are at work already.
+SCOUTS = 8
+#: Seconds for which runs wait for others while every worker has something to do, and while it has enough to do.
 LINGER_SECONDS = 0.01
+ENOUGH_SECONDS = 0.5
 #: Seconds after which a worker of which nothing was heard is not counted any more.
 SLOT_SECONDS = 30.0
 #: Callables whose durations are remembered.
@@ -77,7 +77,15 @@ class Batching:
         alone = delivery.get("keep") or "key" in delivery or delivery.get("alone") or delivery.get("repeated")
         return not alone and delivery.get("attempt", 1) == 1 and delivery.get("attended", True)
 
-    def plan(self, task_id: str, waiting: int, in_flight: int, open_runs: int, waited: float) -> list[int]:
+    def plan(
+        self,
+        task_id: str,
+        waiting: int,
+        in_flight: int,
+        open_runs: int,
+        waited: float,
+        count_unstarted: Callable[[], int],
+    ) -> list[int]:
         """Return how many runs of a callable leave now, message by message; others wait a moment.
 
         Args:
@@ -86,6 +94,7 @@ class Batching:
             in_flight: messages with others that were sent and are not done.
             open_runs: runs that are open: no worker is to get more than its share of them.
             waited: for how many seconds the first of them has waited.
+            count_unstarted: returns how many of the messages no worker has begun, as far as known.
         """
         if type(self._mode) is int:
             return _split(waiting, self._mode)
@@ -93,15 +102,17 @@ class Batching:
             pace = self._pace.get(task_id)
             size = pace.size if pace is not None else 1
             slots = self._count_slots()
-        if pace is None and waited < SCOUT_SECONDS:
-            return [1] * max(0, min(waiting, SCOUTS - in_flight))
+        if pace is None:
+            # Where they take their time, whoever is free soon has one; where nobody is free, more are of no use.
+            unstarted = count_unstarted()
+            return [1] * max(0, min(waiting, max(SCOUTS, in_flight - unstarted) - unstarted))
         if size == 1:
             return [1] * waiting  # they take their time: whoever is free takes one
         size = max(1, min(size, open_runs // (SHARES * slots)))
-        if waited >= LINGER_SECONDS:
-            return _split(waiting, size)
+        if waited >= ENOUGH_SECONDS:
+            return _split(waiting, size)  # there may be workers of which nothing was heard yet
         room = SHARES * slots - in_flight
-        if room <= 0 or (waiting < size and in_flight >= slots):
+        if room <= 0 or (waiting < size and in_flight >= slots and waited < LINGER_SECONDS):
             return []
         return _split(min(waiting, room * size), size)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wove import frames
 from wove.errors import EncodeError, normalize_exception
 from wove.exchange import Packet, encode_run
+from wove.plain_data import TAG
 from wove.threads import DaemonPool
 from wove.wire import importable_reference
 
@@ -30,16 +31,18 @@ _LIGHT_ARGUMENTS = 16
 _LIGHT_SCALARS = frozenset({type(None), bool, int, float})
 
 
-def is_light(frame: Frame) -> bool:
-    """Tell whether a ``run_task`` command is encoded in microseconds, without the caller's own code."""
+def light_reference(frame: Frame) -> str | None:
+    """Return the callable's name if the command is encoded in microseconds, without the caller's own code."""
     positional, keywords = frame.get("positional", ()), frame["args"]
     if len(positional) + len(keywords) > _LIGHT_ARGUMENTS:
-        return False
+        return None
     for value in (*positional, *keywords.values()):
         kind = type(value)
         if kind not in _LIGHT_SCALARS and (kind not in (str, bytes) or len(value) > _LIGHT_TEXT):
-            return False
-    return importable_reference(frame["callable"]) is not None
+            return None
+    if any(type(name) is not str or name == TAG for name in keywords):
+        return None
+    return importable_reference(frame["callable"])
 
 
 class CommandEncoder:
@@ -52,14 +55,24 @@ class CommandEncoder:
     def __init__(self, name: str) -> None:
         self._pool = DaemonPool(ENCODERS, f"wove-encode-{name}")
 
+    def encode_light(self, frame: Frame) -> list[Buffer] | None:
+        """Encode a command that takes microseconds, and no other.
+
+        Raises:
+            EncodeError: the callable or an argument cannot be sent; names it.
+        """
+        reference = light_reference(frame)
+        return None if reference is None else encode_run(frame, reference)
+
     async def encode(self, frame: Frame) -> list[Buffer]:
         """Encode a command.
 
         Raises:
             EncodeError: the callable or an argument cannot be sent; names it.
         """
-        if is_light(frame):
-            return encode_run(frame)
+        light = self.encode_light(frame)
+        if light is not None:
+            return light
         # Encoding runs the caller's code, and a large argument takes its time: not on the loop.
         return await asyncio.wrap_future(self._pool.submit(_encode_run, frame))
 

@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import logging
 import re
-import threading
-from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from wove.errors import ConfigurationError, MissingDispatchFeatureError
-from wove.executors.network import IN_THREAD_FROM, SILENCE_SECONDS, NetworkExecutor, Request, refused
+from wove.errors import ConfigurationError, MissingDispatchFeatureError, safe_text
+from wove.exchange import encode_cancel
+from wove.executors.grpc_line import Line, read_hello
+from wove.executors.grpc_loop import Pipe, loop_of_calls
+from wove.executors.network import (
+    IN_THREAD_FROM,
+    SILENCE_SECONDS,
+    NetworkExecutor,
+    Request,
+    SentRun,
+    refused,
+)
 from wove.executors.policy import check_policy, client_tls, is_loopback, read_headers, read_pem
 from wove.executors.settings import seconds
 from wove.network_security import NetworkSecurityError, Seal
 from wove.threads import in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Callable, Mapping
+    from concurrent.futures import Future
     from types import ModuleType
 
     from grpc.aio import Channel
+    from typing_extensions import Buffer
+
+    from wove.exchange import Packet
+
+logger = logging.getLogger("wove.executors")
 
 DEFAULT_METHOD = "/wove.network_executor.WorkerService/Send"
 #: Seconds between two questions whether a connection with open calls still stands.
 KEEP_ALIVE = 30.0
+#: What the name of the method ends with whose calls stay open, and the largest command, in bytes, that goes there.
+LINE_SUFFIX = "Line"
+LINE_BYTES = 256 * 1024
+#: Seconds between two attempts to open such a call.
+LINE_AGAIN = 1.0
 _METHOD = re.compile(r"/[\w.]+/\w+")
 _NAME = re.compile(r"[a-z0-9_.-]+")
 
@@ -32,7 +52,8 @@ _NAME = re.compile(r"[a-z0-9_.-]+")
 class GrpcEnvironmentExecutor(NetworkExecutor):
     """Sends tasks to a worker service over gRPC; events come back as they happen.
 
-    A service whose method is unary answers with all events at once, which works as well.
+    A service whose method is unary answers with all events at once, which works as well. Ours has another one
+    beside it: one call of it stays open and carries most runs, for a call each costs more than most tasks.
 
     ``executor_config``: ``target`` (``"host:port"``, ``"unix:/path"``), ``method``
     (``/wove.network_executor.WorkerService/Send``), ``metadata`` (a mapping), ``secure`` (TLS),
@@ -51,6 +72,11 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         super().__init__()
         self._calls: Any = None
         self._urgent: Any = None
+        self._lines: Any = None
+        self._line: Line | None = None
+        self._opening: Future[None] | None = None
+        #: When a line may be opened next; never where the service has none.
+        self._line_from = 0.0
         self._channels: list[Channel] = []
 
     @property
@@ -74,11 +100,13 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         credentials = await in_thread(self._credentials, config) if secure else None
         keep_alive = seconds(config, "keep_alive", KEEP_ALIVE)
         # Cancellations have a connection of their own: they never wait behind calls that hang.
-        self._loop_of_calls = await in_thread(loop_of_calls)
+        self._loop_of_calls = loop_of_calls()
 
         async def connect() -> None:
-            self._calls = self._new_channel(credentials, keep_alive)
-            self._urgent = self._new_channel(credentials, keep_alive)
+            channel = self._new_channel(credentials, keep_alive)
+            self._calls = channel.unary_stream(self._method)
+            self._lines = channel.stream_stream(self._method + LINE_SUFFIX)
+            self._urgent = self._new_channel(credentials, keep_alive).unary_stream(self._method)
 
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(connect(), self._loop_of_calls))
 
@@ -90,7 +118,17 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         return self._grpc.ssl_channel_credentials(roots, key if key is not None else chain, chain)
 
     def _new_channel(self, credentials: Any, keep_alive: float) -> Any:
-        options = (
+        aio = self._grpc.aio
+        options = self._options(keep_alive)
+        if credentials is None:
+            channel = aio.insecure_channel(self._target, options=options)
+        else:
+            channel = aio.secure_channel(self._target, credentials, options=options)
+        self._channels.append(channel)
+        return channel
+
+    def _options(self, keep_alive: float) -> tuple[tuple[str, int], ...]:
+        return (
             ("grpc.max_receive_message_length", self.max_message),
             ("grpc.max_send_message_length", -1),
             ("grpc.keepalive_time_ms", int(keep_alive * 1000)),
@@ -102,22 +140,23 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2_000),
         )
-        aio = self._grpc.aio
-        if credentials is None:
-            channel = aio.insecure_channel(self._target, options=options)
-        else:
-            channel = aio.secure_channel(self._target, credentials, options=options)
-        self._channels.append(channel)
-        return channel.unary_stream(self._method)
 
     async def close(self) -> None:
         """Close the connections; see :meth:`NetworkExecutor.close`."""
         channels, self._channels = self._channels, []
-        self._calls = self._urgent = None
-        for channel in channels:
-            await asyncio.wrap_future(
-                asyncio.run_coroutine_threadsafe(channel.close(None), self._loop_of_calls)
-            )
+        self._calls = self._urgent = self._lines = None
+        if self._opening is not None:
+            self._opening.cancel()
+        line, self._line = self._line, None
+
+        async def disconnect() -> None:
+            if line is not None:
+                line.close()
+            for channel in channels:
+                await channel.close(None)
+
+        if channels:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(disconnect(), self._loop_of_calls))
 
     async def exchange(self, request: Request, *, urgent: bool) -> AsyncGenerator[bytes, None]:
         """Send a request; see :meth:`NetworkExecutor.exchange`."""
@@ -140,13 +179,123 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         finally:
             conversation.cancel()
 
+    # --- the call that stays open ---------------------------------------------------
+
+    def _put(self, sent: SentRun) -> None:
+        line = self._line
+        if line is None:
+            self._open_line()
+        if line is None or sent.size > LINE_BYTES:
+            super()._put(sent)
+            return
+        self._runs[sent.run_id] = sent
+        sent.carrier = line
+        parts, sent.parts = sent.parts, []
+        # From here on the service may have it.
+        sent.accept()
+        self._tell(line, parts)
+
+    async def _cancel(self, run_id: str) -> None:
+        sent = self._runs.get(run_id)
+        if sent is None or not isinstance(sent.carrier, Line):
+            await super()._cancel(run_id)
+            return
+        sent.abandoned = True
+        self._tell(sent.carrier, encode_cancel(run_id))
+
+    def _tell(self, line: Line, parts: list[Buffer]) -> None:
+        if self._loop is self._loop_of_calls:
+            line.send(parts)
+        else:
+            self._loop_of_calls.call_soon_threadsafe(line.send, parts)
+
+    def _open_line(self) -> None:
+        """Have a line opened; until it is, runs go by calls of their own."""
+        if self._opening is None and self._lines is not None and self._loop.time() >= self._line_from:
+            self._opening = asyncio.run_coroutine_threadsafe(self._greet(), self._loop_of_calls)
+
+    async def _greet(self) -> None:
+        """Open a line. In the loop of calls."""
+        line_from = self._loop.time() + LINE_AGAIN
+        line: Line | None = None
+        try:
+            line = await self._try_line() or await self._try_line()
+        except Exception as exc:
+            # Calls of their own say what is wrong.
+            logger.debug("no line to %s: %s", self._target, exc)
+            if isinstance(exc, NotImplementedError):
+                line_from = float("inf")
+        finally:
+            self._hand_over(self._line_opened, line, line_from)
+
+    async def _try_line(self) -> Line | None:
+        """Return a line, or None when the service's clock was learnt instead."""
+        signed = await self._sign(b"", self._method + LINE_SUFFIX)
+        call = self._lines(metadata=(*self._metadata, ("wove-host", self._target), *signed))
+        try:
+            seals = read_hello(
+                await self._within(self.timeout, call.read()), self.security.answer_key(dict(signed))
+            )
+        except BaseException as exc:
+            ended = call.done()
+            call.cancel()
+            if not ended or not isinstance(exc, Exception):
+                raise
+            if await call.code() is self._grpc.StatusCode.UNIMPLEMENTED:
+                raise NotImplementedError("the service has no such method") from exc
+            told = {str(name): str(value) for name, value in await call.trailing_metadata() or ()}
+            if self.security.learn_clock(dict(signed), told):
+                return None
+            raise
+        return Line(
+            call,
+            seals,
+            max_message=self.max_message,
+            timeout=self.timeout,
+            take=partial(self._hand_over, self._take_from_line),
+            ended=partial(self._hand_over, self._line_ended),
+        )
+
+    def _hand_over(self, func: Callable[..., None], *args: Any) -> None:
+        """Call something in the executor's loop."""
+        if self._loop is self._loop_of_calls:
+            func(*args)
+            return
+        try:
+            self._loop.call_soon_threadsafe(func, *args)
+        except RuntimeError:
+            pass  # that loop has ended, and whoever waited with it
+
+    def _line_opened(self, line: Line | None, line_from: float) -> None:
+        self._opening = None
+        self._line_from = line_from
+        self._line = line
+        if line is not None and self._lines is None:
+            self._line = None
+            self._loop_of_calls.call_soon_threadsafe(line.close)
+
+    def _line_ended(self, line: Line, problem: Exception) -> None:
+        if self._line is line:
+            self._line = None
+        for sent in [sent for sent in self._runs.values() if sent.carrier is line]:
+            self._lose(sent, safe_text(problem, 1_000))
+
+    def _take_from_line(self, packets: list[Packet]) -> None:
+        for packet in packets:
+            sent = self._runs.get(str(packet.envelope.get("run_id")))
+            if sent is not None:
+                self._take_packet(packet, sent)
+
     # --- in the loop of all calls -------------------------------------------------
 
     async def _converse(self, body: bytes, patience: float, answer: Pipe, *, urgent: bool) -> None:
         """Make the call and pass on what comes back: a seal, chunks, perhaps an error, None at the end."""
         aio = self._grpc.aio
+        send = self._urgent if urgent else self._calls
         try:
-            call = await self._call(body, patience, answer, urgent=urgent)
+            if send is None:
+                raise RuntimeError("the grpc executor is not started")
+            call = await self._call(send, body, patience, answer)
             try:
                 silence = max(self.timeout, SILENCE_SECONDS)
                 while (chunk := await self._within(silence, call.read())) is not aio.EOF:
@@ -162,13 +311,10 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         finally:
             answer.put(None)
 
-    async def _call(self, body: bytes, patience: float, answer: Pipe, *, urgent: bool) -> Any:
+    async def _call(self, send: Any, body: bytes, patience: float, answer: Pipe) -> Any:
         """Return the call when it was answered; it is made again where the service's clock is another."""
-        send = self._urgent if urgent else self._calls
-        if send is None:
-            raise RuntimeError("the grpc executor is not started")
         for attempt in range(3):
-            signed = await self._sign(body)
+            signed = await self._sign(body, self._method)
             call = send(body, metadata=(*self._metadata, ("wove-host", self._target), *signed))
             try:
                 problem = await self._answered(call, patience, dict(signed), learn=attempt == 0)
@@ -194,9 +340,15 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             trailing = await call.trailing_metadata()
         except self._grpc.aio.AioRpcError as exc:
             code, details, trailing = exc.code(), exc.details(), exc.trailing_metadata()
-        codes = self._grpc.StatusCode
-        if code is codes.OK:
+        if code is self._grpc.StatusCode.OK:
             return None
+        return self._problem(code, details, trailing, signed, learn=learn)
+
+    def _problem(
+        self, code: Any, details: Any, trailing: Any, signed: dict[str, str], *, learn: bool
+    ) -> Exception | str:
+        """Return what a failed call means: an error, or that the request is to be sent again."""
+        codes = self._grpc.StatusCode
         if code is codes.UNAUTHENTICATED:
             told = {str(name): str(value) for name, value in trailing or ()}
             if learn and self.security.learn_clock(signed, told):
@@ -209,9 +361,9 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             return refused(code.name, str(details), trusted=True)
         return ConnectionError(f"{code.name}: {details}")
 
-    async def _sign(self, body: bytes) -> tuple[tuple[str, str], ...]:
+    async def _sign(self, body: bytes, method: str) -> tuple[tuple[str, str], ...]:
         def sign() -> tuple[tuple[str, str], ...]:
-            return self.security.metadata_for(host=self._target, target=self._method, body=body)
+            return self.security.metadata_for(host=self._target, target=method, body=body)
 
         if len(body) < IN_THREAD_FROM:
             return sign()
@@ -223,57 +375,10 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             async with asyncio.timeout(limit):
                 return await work
         except TimeoutError:
-            raise ConnectionError(
-                f'nothing came from it for {limit:g} s (executor_config["timeout"])'
-            ) from None
+            raise self._silent(limit) from None
 
-
-class Pipe:
-    """Carries what a call yields from the loop of calls to the loop that it was made in."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._items: deque[Any] = deque()
-        self._ready = asyncio.Event()
-
-    def put(self, item: Any) -> None:
-        """Hand an item over, from any thread."""
-        self._items.append(item)
-        try:
-            self._loop.call_soon_threadsafe(self._ready.set)
-        except RuntimeError:
-            pass  # that loop has ended, and whoever waited with it
-
-    async def get(self) -> Any:
-        """Return the next item, waiting for it."""
-        while not self._items:
-            self._ready.clear()
-            if not self._items:  # another thread may have put one meanwhile
-                await self._ready.wait()
-        return self._items.popleft()
-
-
-_loops: dict[int, asyncio.AbstractEventLoop] = {}
-_loops_lock = threading.Lock()
-
-
-def loop_of_calls() -> asyncio.AbstractEventLoop:
-    """Return this process's event loop for gRPC, in a thread of its own.
-
-    grpcio polls once per process for all event loops; one that ends while it is still polled for makes it
-    stumble. This one never ends.
-    """
-    with _loops_lock:
-        loop = _loops.get(os.getpid())
-        if loop is None:
-            loop = _loops[os.getpid()] = asyncio.new_event_loop()
-            threading.Thread(target=_run_for_ever, args=(loop,), name="wove-grpc", daemon=True).start()
-        return loop
-
-
-def _run_for_ever(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    loop.run_forever()
+    def _silent(self, seconds: float) -> ConnectionError:
+        return ConnectionError(f'nothing came from it for {seconds:g} s (executor_config["timeout"])')
 
 
 def _require_grpc() -> ModuleType:

@@ -65,6 +65,9 @@ class HttpEnvironmentExecutor(NetworkExecutor):
             config, self.security, where=self.where, secure=self._endpoint.secure, local=self._endpoint.local
         )
         self._aiohttp = require_aiohttp()
+        from yarl import URL  # aiohttp's own
+
+        self._url = URL(self._endpoint.url)
         tls = await in_thread(client_tls, config) if self._endpoint.secure else None
         # Cancellations have connections of their own: they never wait behind requests that hang.
         self._session = self._new_session(tls, self._connections)
@@ -169,7 +172,7 @@ class HttpEnvironmentExecutor(NetworkExecutor):
         headers["Content-Type"] = "application/vnd.wove.packets"
         silence = max(self.timeout, SILENCE_SECONDS)
         posting = session.post(
-            self._endpoint.url,
+            self._url,
             data=data,
             headers=headers,
             allow_redirects=False,

@@ -16,7 +16,7 @@ from wove.threads import DaemonPool
 from wove.worker.context import RunContext, bind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from concurrent.futures import Future
 
     from wove.frames import Frame
@@ -68,6 +68,20 @@ class LocalEnvironmentExecutor(EnvironmentExecutor):
             local = self._runs.get(frame["run_id"])
             if local is not None:
                 local.cancel()
+
+    def post(self, frame: Frame, done: Callable[[BaseException | None], None]) -> bool:
+        """Take a call; see :meth:`EnvironmentExecutor.post`."""
+        if self._channel is None or self._pool is None:
+            return False
+        run = _LocalRun(frame, self._channel, self._runs)
+        self._runs[frame["run_id"]] = run
+        done(None)
+        run.begin(self._pool)
+        return True
+
+    def attach(self, take: Callable[[Frame], None]) -> bool:
+        """Hand events over; see :meth:`EnvironmentExecutor.attach`."""
+        return self._channel is not None and self._channel.attach(take)
 
     async def recv(self) -> Frame:
         """Return the next event; see :meth:`EnvironmentExecutor.recv`."""

@@ -47,6 +47,8 @@ MAX_BATCH_BYTES = 256 * 1024
 CANCEL_GRACE = 10.0
 #: Seconds that the connection for cancellations stays open without use, at least.
 WARM_SECONDS = 20.0
+#: Seconds that stopping waits for it to be opened.
+WARM_GRACE = 0.5
 #: From this size, in bytes, signatures are verified in a thread.
 IN_THREAD_FROM = 1024 * 1024
 
@@ -77,21 +79,32 @@ class Request:
         return timeout + self.size / SLOWEST
 
 
-class _Sent:
+class SentRun:
     """A run on its way."""
 
-    __slots__ = ("abandoned", "accepted", "ended", "exchange", "parts", "run_id", "seq", "size", "task_id")
+    __slots__ = (
+        "_done", "abandoned", "accepted", "carrier", "ended", "parts", "run_id", "seq", "size", "task_id",
+    )  # fmt: skip
 
-    def __init__(self, frame: Frame, parts: list[Buffer], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, frame: Frame, parts: list[Buffer], done: Callable[[Exception | None], None]) -> None:
         self.run_id: str = frame["run_id"]
         self.task_id: str = frame["task_id"]
         self.parts = parts
         self.size = sum(memoryview(part).nbytes for part in parts)
-        self.accepted: asyncio.Future[None] = loop.create_future()
-        self.exchange: asyncio.Task[None] | None = None
+        #: Whether it was said what became of the submission.
+        self.accepted = False
+        self._done = done
+        #: What it is under way by: the task of its request, or a transport's own.
+        self.carrier: object = None
         self.ended = False
         self.abandoned = False
         self.seq = 1
+
+    def accept(self, problem: Exception | None = None) -> None:
+        """Say, once, that the service has taken it, or why not."""
+        if not self.accepted:
+            self.accepted = True
+            self._done(problem)
 
 
 class NetworkExecutor(EnvironmentExecutor):
@@ -107,11 +120,12 @@ class NetworkExecutor(EnvironmentExecutor):
         self._channel: FrameChannel | None = None
         self._decoder: EventDecoder | None = None
         self._encoder: CommandEncoder | None = None
-        self._outbox: list[_Sent] = []
-        self._runs: dict[str, _Sent] = {}
+        self._outbox: list[SentRun] = []
+        self._runs: dict[str, SentRun] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._flushing = False
         self._warm_until = 0.0
+        self._warming: asyncio.Task[None] | None = None
 
     # --- a transport implements -------------------------------------------------
 
@@ -172,6 +186,21 @@ class NetworkExecutor(EnvironmentExecutor):
         elif frame["type"] == frames.CANCEL_TASK:
             await self._cancel(frame["run_id"])
 
+    def post(self, frame: Frame, done: Callable[[BaseException | None], None]) -> bool:
+        """Take a command that is encoded at once; see :meth:`EnvironmentExecutor.post`."""
+        if self._channel is None or self._encoder is None:
+            return False
+        frame = self._limited(frame)
+        parts = self._encoder.encode_light(frame)
+        if parts is None:
+            return False
+        self._put(SentRun(frame, parts, done))
+        return True
+
+    def attach(self, take: Callable[[Frame], None]) -> bool:
+        """Hand events over; see :meth:`EnvironmentExecutor.attach`."""
+        return self._channel is not None and self._channel.attach(take)
+
     async def recv(self) -> Frame:
         """Return the next event; see :meth:`EnvironmentExecutor.recv`."""
         if self._channel is None:
@@ -182,7 +211,12 @@ class NetworkExecutor(EnvironmentExecutor):
         """Give the requests up; see :meth:`EnvironmentExecutor.stop`."""
         tasks = list(self._tasks)
         for task in tasks:
-            task.cancel()
+            if task is not self._warming:
+                task.cancel()
+        if self._warming is not None and not self._warming.done():
+            # asyncio forgets a socket whose TLS handshake is cancelled before it has begun.
+            await asyncio.wait((self._warming,), timeout=WARM_GRACE)
+            self._warming.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=1.0)
         await self.close()
@@ -198,22 +232,35 @@ class NetworkExecutor(EnvironmentExecutor):
     # --- runs -------------------------------------------------------------------
 
     async def _submit(self, frame: Frame, encoder: CommandEncoder) -> None:
-        frame = {**frame, "max_body": self.max_message - ENVELOPE_ALLOWANCE}
-        sent = _Sent(frame, await encoder.encode(frame), self._loop)
+        frame = self._limited(frame)
+        accepted: asyncio.Future[None] = self._loop.create_future()
+        sent = SentRun(frame, await encoder.encode(frame), partial(resolve, accepted))
+        self._put(sent)
+        try:
+            await accepted
+        except asyncio.CancelledError:
+            sent.abandoned = True
+            self._take_back(sent)
+            raise
+
+    def _limited(self, frame: Frame) -> Frame:
+        return {**frame, "max_body": self.max_message - ENVELOPE_ALLOWANCE}
+
+    def _put(self, sent: SentRun) -> None:
         self._runs[sent.run_id] = sent
         self._outbox.append(sent)
         if not self._flushing:
-            # What is submitted in one turn of the loop leaves together.
+            # What is submitted in one turn of the loop leaves together: the task begins with the next one.
             self._flushing = True
-            self._loop.call_soon(self._flush)
-        try:
-            await sent.accepted
-        except asyncio.CancelledError:
-            sent.abandoned = True
-            if sent in self._outbox:
-                self._outbox.remove(sent)
-                self._runs.pop(sent.run_id, None)
-            raise
+            self._spawn(self._flush(), f"wove-{self.transport}-exchange")
+
+    def _take_back(self, sent: SentRun) -> bool:
+        """Forget a run that has not left yet."""
+        if sent not in self._outbox:
+            return False
+        self._outbox.remove(sent)
+        self._runs.pop(sent.run_id, None)
+        return True
 
     async def _warm(self) -> None:
         """Open the connection that a cancellation will take: with TLS that is a while."""
@@ -224,24 +271,26 @@ class NetworkExecutor(EnvironmentExecutor):
         except Exception as exc:
             logger.debug("the connection for cancellations to %s is not open: %s", self.where, exc)
 
-    def _flush(self) -> None:
+    async def _flush(self) -> None:
+        """Send what waits: the first batch in this task, the others in tasks of their own."""
         self._flushing = False
         now = self._loop.time()
         if now >= self._warm_until:
             self._warm_until = now + WARM_SECONDS
-            self._spawn(self._warm(), "wove-warm")
+            self._warming = self._spawn(self._warm(), "wove-warm")
         outbox, self._outbox = self._outbox, []
+        if not outbox:
+            return  # taken back
+        batch, outbox = _first_batch(outbox)
         while outbox:
-            count = size = 0
-            while count < min(len(outbox), MAX_BATCH) and (
-                not count or size + outbox[count].size < MAX_BATCH_BYTES
-            ):
-                size += outbox[count].size
-                count += 1
-            batch, outbox = outbox[:count], outbox[count:]
-            task = self._spawn(self._deliver(batch), f"wove-{self.transport}-exchange")
-            for sent in batch:
-                sent.exchange = task
+            other, outbox = _first_batch(outbox)
+            spawned = self._spawn(self._deliver(other), f"wove-{self.transport}-exchange")
+            for sent in other:
+                sent.carrier = spawned
+        task = asyncio.current_task()
+        for sent in batch:
+            sent.carrier = task
+        await self._deliver(batch)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = self._loop.create_task(work, name=name)
@@ -249,7 +298,7 @@ class NetworkExecutor(EnvironmentExecutor):
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _deliver(self, batch: list[_Sent]) -> None:
+    async def _deliver(self, batch: list[SentRun]) -> None:
         """Send one request and hand its events on, until each of its runs has ended, one way or another."""
         body: list[Buffer] = []
         for sent in batch:
@@ -273,10 +322,10 @@ class NetworkExecutor(EnvironmentExecutor):
             for sent in batch:
                 self._lose(sent, problem)
 
-    def _reject(self, batch: list[_Sent], exc: Exception) -> None:
+    def _reject(self, batch: list[SentRun], exc: Exception) -> None:
         certain = isinstance(exc, (RefusedError, NetworkSecurityError))
         for sent in batch:
-            if sent.accepted.done():
+            if sent.accepted:
                 continue
             error = SubmitError(
                 f"the {self.transport} service at {self.where} did not take run {sent.run_id} of {sent.task_id}: "
@@ -286,27 +335,33 @@ class NetworkExecutor(EnvironmentExecutor):
             error.__cause__ = exc
             sent.ended = True
             self._runs.pop(sent.run_id, None)
-            sent.accepted.set_exception(error)
+            sent.accept(error)
 
-    async def _receive(self, request: Request, runs: dict[str, _Sent]) -> None:
+    async def _receive(self, request: Request, runs: dict[str, SentRun]) -> None:
         reader = PacketReader(self.max_message)
         async with aclosing(self.exchange(request, urgent=False)) as answer:
             async for chunk in answer:
                 request.body = []
                 for raw in reader.feed(chunk):
-                    await self._take(raw, request.seal, runs)
+                    await self._take(raw, request, runs)
         if not reader.idle:
             raise ProtocolError("its answer was cut in the middle of a packet")
 
-    async def _take(self, raw: memoryview, seal: Seal, runs: dict[str, _Sent]) -> None:
+    async def _take(self, raw: memoryview, request: Request, runs: dict[str, SentRun]) -> None:
+        seal = request.seal
         if raw.nbytes < IN_THREAD_FROM:
             verified = seal.open(raw)
         else:
             verified = await in_thread(seal.open, raw)
         packet = Packet(verified)
         sent = runs.get(str(packet.envelope.get("run_id")))
-        if sent is None or sent.ended or self._decoder is None:
-            return  # a ping, or somebody else's
+        if sent is not None:  # else a ping, or somebody else's
+            self._take_packet(packet, sent)
+
+    def _take_packet(self, packet: Packet, sent: SentRun) -> None:
+        """Hand on what was verified."""
+        if sent.ended or self._decoder is None:
+            return
         if packet.is_terminal:
             sent.ended = True
             self._runs.pop(sent.run_id, None)
@@ -314,9 +369,8 @@ class NetworkExecutor(EnvironmentExecutor):
         sent.seq = seq if isinstance(seq, int) else sent.seq
         self._decoder.take_packet(packet)
 
-    def _lose(self, sent: _Sent, problem: str) -> None:
-        if not sent.accepted.done():
-            sent.accepted.set_result(None)
+    def _lose(self, sent: SentRun, problem: str) -> None:
+        sent.accept()
         if sent.ended:
             return
         sent.ended = True
@@ -332,6 +386,8 @@ class NetworkExecutor(EnvironmentExecutor):
         if sent is None:
             return
         sent.abandoned = True
+        if self._take_back(sent):
+            return
         request = Request(framed(encode_cancel(run_id)))
         try:
             async with aclosing(self.exchange(request, urgent=True)) as answer:
@@ -341,18 +397,36 @@ class NetworkExecutor(EnvironmentExecutor):
             # A service that hangs holds its connection no longer than this.
             self._loop.call_later(CANCEL_GRACE, self._give_up, sent)
 
-    def _give_up(self, sent: _Sent) -> None:
-        exchange = sent.exchange
-        if sent.ended or exchange is None or exchange.done():
+    def _give_up(self, sent: SentRun) -> None:
+        exchange = sent.carrier
+        if sent.ended or not isinstance(exchange, asyncio.Task) or exchange.done():
             return
-        if all(run.abandoned for run in self._runs.values() if run.exchange is exchange):
+        if all(run.abandoned for run in self._runs.values() if run.carrier is exchange):
             exchange.cancel()
 
 
-def _accept(batch: list[_Sent]) -> None:
+def _first_batch(outbox: list[SentRun]) -> tuple[list[SentRun], list[SentRun]]:
+    """Return the runs that leave in one request, and the others."""
+    count = size = 0
+    while count < min(len(outbox), MAX_BATCH) and (not count or size + outbox[count].size < MAX_BATCH_BYTES):
+        size += outbox[count].size
+        count += 1
+    return outbox[:count], outbox[count:]
+
+
+def _accept(batch: list[SentRun]) -> None:
     for sent in batch:
-        if not sent.accepted.done():
-            sent.accepted.set_result(None)
+        sent.accept()
+
+
+def resolve(future: asyncio.Future[None], exc: Exception | None) -> None:
+    """Settle a future that somebody may have given up."""
+    if future.done():
+        return
+    if exc is None:
+        future.set_result(None)
+    else:
+        future.set_exception(exc)
 
 
 def refused(status: str, text: str, *, trusted: bool) -> RefusedError:

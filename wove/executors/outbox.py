@@ -348,7 +348,9 @@ class Outbox:
         now = self._loop.time()
         for kind, held in tuple(self._held.items()):
             waited = now - self._held_since[kind]
-            plan = self._batching.plan(kind[1], len(held), self._messages[kind[1]], len(self._open), waited)
+            plan = self._batching.plan(
+                kind[1], len(held), self._messages[kind[1]], len(self._open), waited, self._count_unstarted
+            )
             messages.extend([held.popleft() for _ in range(length)] for length in plan)
             self._messages[kind[1]] += len(plan)
             if not held:
@@ -359,6 +361,10 @@ class Outbox:
             # Whatever was expected: nothing waits for long.
             self._timer = self._loop.call_later(LINGER_SECONDS, self._start_flushing)
         return messages
+
+    def _count_unstarted(self) -> int:
+        known = (self._lease.find(batch) for batch in tuple(self._wanted))
+        return sum(1 for batch in known if batch is not None and not batch.started)
 
     async def _hand_over(self, alone: list[Waiting], together: list[list[Waiting]]) -> list[Parcel]:
         """Encode, sign and submit, in other threads: a large argument, or a slow broker, holds up no loop."""

@@ -15,7 +15,9 @@ from wove.executors.settings import check_keys, whole_number
 from wove.wire import require_msgpack
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+    from typing_extensions import Buffer
 
     from wove.frames import Frame
     from wove.worker.services.processes import ChildProcesses
@@ -76,11 +78,25 @@ class StdioEnvironmentExecutor(EnvironmentExecutor):
         if children is None or encoder is None or decoder is None:
             raise RuntimeError("the stdio executor is not started")
         if frame["type"] == frames.RUN_TASK:
-            parts = await encoder.encode(frame)
-            attempt = (frame.get("delivery") or {}).get("attempt", 1)
-            children.run_parts(frame["run_id"], frame["task_id"], attempt, parts, decoder.take)
+            _run(children, decoder, frame, await encoder.encode(frame))
         elif frame["type"] == frames.CANCEL_TASK:
             children.cancel(frame["run_id"])
+
+    def post(self, frame: Frame, done: Callable[[BaseException | None], None]) -> bool:
+        """Take a command that is encoded at once; see :meth:`EnvironmentExecutor.post`."""
+        children, encoder, decoder = self._children, self._encoder, self._decoder
+        if children is None or encoder is None or decoder is None:
+            return False
+        parts = encoder.encode_light(frame)
+        if parts is None:
+            return False
+        _run(children, decoder, frame, parts)
+        done(None)
+        return True
+
+    def attach(self, take: Callable[[Frame], None]) -> bool:
+        """Hand events over; see :meth:`EnvironmentExecutor.attach`."""
+        return self._channel is not None and self._channel.attach(take)
 
     async def recv(self) -> Frame:
         """Return the next event; see :meth:`EnvironmentExecutor.recv`."""
@@ -99,6 +115,13 @@ class StdioEnvironmentExecutor(EnvironmentExecutor):
             self._decoder.close()
         if self._channel is not None:
             self._channel.close()
+
+
+def _run(children: ChildProcesses, decoder: EventDecoder, frame: Frame, parts: list[Buffer]) -> None:
+    attempt = (frame.get("delivery") or {}).get("attempt", 1)
+    children.run_parts(
+        frame["run_id"], frame["task_id"], attempt, parts, decoder.take, take=decoder.take_packet
+    )
 
 
 def _command(config: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove import frames
+from wove.eager import run_now
 from wove.errors import ConfigurationError, ProtocolError, SubmitError, safe_text
 from wove.exchange import (
     ACK,
@@ -33,6 +35,7 @@ from wove.executors.network import (
     NETWORK_KEYS,
     SILENCE_SECONDS,
     TIMEOUT_SECONDS,
+    resolve,
 )
 from wove.executors.policy import TLS_KEYS, check_policy, client_tls, read_endpoint, read_headers
 from wove.executors.settings import check_keys, seconds, whole_number
@@ -41,7 +44,7 @@ from wove.threads import in_thread
 from wove.wire import require_msgpack
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aiohttp import ClientSession, ClientWebSocketResponse
     from typing_extensions import Buffer
@@ -57,23 +60,36 @@ _BACKOFF = (0.05, 0.2, 0.5, 1.0, 2.0)
 #: Seconds between two signs of life of ours, and that acknowledgements wait for company.
 PING_SECONDS = 10.0
 ACK_SECONDS = 0.05
+#: Looks, within the silence that is allowed, whether anything has come.
+SILENCE_LOOKS = 4
 CHUNK = 512 * 1024
+#: Commands up to this size, in bytes, may be sent without a turn of the loop.
+SEND_NOW_BYTES = 16 * 1024
 
 
 class _Sent:
     """A run that has no outcome yet."""
 
-    __slots__ = ("abandoned", "accepted", "heard", "parts", "run_id", "seq", "task_id")
+    __slots__ = ("_done", "abandoned", "accepted", "heard", "parts", "run_id", "seq", "size", "task_id")
 
-    def __init__(self, frame: Frame, parts: list[Buffer], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, frame: Frame, parts: list[Buffer], done: Callable[[Exception | None], None]) -> None:
         self.run_id: str = frame["run_id"]
         self.task_id: str = frame["task_id"]
         #: Kept until the service has spoken of the run: it may have to be sent again.
         self.parts = parts
-        self.accepted: asyncio.Future[None] = loop.create_future()
+        self.size = sum(memoryview(part).nbytes for part in parts)
+        #: Whether it was said what became of the submission.
+        self.accepted = False
+        self._done = done
         self.heard = False
         self.abandoned = False
         self.seq = 1
+
+    def accept(self, problem: Exception | None = None) -> None:
+        """Say, once, that it is on its way, or why not."""
+        if not self.accepted:
+            self.accepted = True
+            self._done(problem)
 
 
 class WebSocketEnvironmentExecutor(EnvironmentExecutor):
@@ -106,6 +122,12 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
         self._ack_timer: asyncio.TimerHandle | None = None
         self._instance = ""
         self._problem = ""
+        #: Whether anything has come since somebody last looked.
+        self._heard = True
+        #: The socket that stands, and what signs what goes up.
+        self._open: tuple[ClientWebSocketResponse, Seal] | None = None
+        #: Whether something is under way there, of which not all was written yet.
+        self._in_between = False
 
     async def start(
         self,
@@ -172,7 +194,24 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
             sent = self._runs.get(frame["run_id"])
             if sent is not None:
                 sent.abandoned = True
+                if self._take_back(sent):
+                    return
                 self._write(encode_cancel(sent.run_id))
+
+    def post(self, frame: Frame, done: Callable[[BaseException | None], None]) -> bool:
+        """Take a command that is encoded at once; see :meth:`EnvironmentExecutor.post`."""
+        if self._keeper is None or self._encoder is None:
+            return False
+        frame = {**frame, "max_body": self._max_message - ENVELOPE_ALLOWANCE}
+        parts = self._encoder.encode_light(frame)
+        if parts is None:
+            return False
+        self._put(_Sent(frame, parts, done))
+        return True
+
+    def attach(self, take: Callable[[Frame], None]) -> bool:
+        """Hand events over; see :meth:`EnvironmentExecutor.attach`."""
+        return self._channel is not None and self._channel.attach(take)
 
     async def recv(self) -> Frame:
         """Return the next event; see :meth:`EnvironmentExecutor.recv`."""
@@ -209,18 +248,44 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
 
     async def _submit(self, frame: Frame, encoder: CommandEncoder) -> None:
         parts = await encoder.encode(frame)
-        sent = _Sent(frame, parts, self._loop)
-        self._runs[sent.run_id] = sent
-        self._write(parts, sent)
+        accepted: asyncio.Future[None] = self._loop.create_future()
+        sent = _Sent(frame, parts, partial(resolve, accepted))
+        self._put(sent)
         try:
-            await sent.accepted
+            await accepted
         except asyncio.CancelledError:
             sent.abandoned = True
-            waiting = next((entry for entry in self._outbox if entry[1] is sent), None)
-            if waiting is not None:
-                self._outbox.remove(waiting)
-                self._runs.pop(sent.run_id, None)
+            self._take_back(sent)
             raise
+
+    def _put(self, sent: _Sent) -> None:
+        self._runs[sent.run_id] = sent
+        if len(self._runs) > 1 or self._outbox or not self._send_now(sent):
+            self._write(sent.parts, sent)
+
+    def _send_now(self, sent: _Sent) -> bool:
+        """Send the command of a run that is alone: others leave together, a turn of the loop later."""
+        if self._open is None or self._in_between or sent.size > SEND_NOW_BYTES:
+            return False
+        socket, seal = self._open
+        chunk = b"".join(framed(sent.parts))
+        try:
+            run_now(socket.send_bytes(seal.tag([chunk]) + chunk), self._loop)
+        except Exception:
+            return False  # the socket is closing; the next one is given it
+        sent.accept()
+        return True
+
+    def _take_back(self, sent: _Sent) -> bool:
+        """Forget a run that has not left yet."""
+        if sent.accepted:
+            return False  # where it is sent again it may have been taken before
+        waiting = next((entry for entry in self._outbox if entry[1] is sent), None)
+        if waiting is None:
+            return False
+        self._outbox.remove(waiting)
+        self._runs.pop(sent.run_id, None)
+        return True
 
     def _write(self, parts: list[Buffer], sent: _Sent | None = None) -> None:
         self._outbox.append((parts, sent))
@@ -231,8 +296,8 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
         message = (
             f"run {sent.run_id} of {sent.task_id}: the websocket service at {self.where} is lost: {problem}"
         )
-        if not sent.accepted.done():
-            sent.accepted.set_exception(SubmitError(message, maybe_accepted=True))
+        if not sent.accepted:
+            sent.accept(SubmitError(message, maybe_accepted=True))
         elif self._channel is not None:
             self._channel.put([lost_frame(sent.run_id, sent.task_id, message, seq=sent.seq + 1)])
 
@@ -311,9 +376,7 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
 
     def _ask_for_runs(self, *, restarted: bool) -> None:
         """After a break: runs the service may have are asked for, those it never got stay in the outbox."""
-        waiting = [
-            (parts, sent) for parts, sent in self._outbox if sent is not None and not sent.accepted.done()
-        ]
+        waiting = [(parts, sent) for parts, sent in self._outbox if sent is not None and not sent.accepted]
         self._outbox = []
         unsent = {sent.run_id for _, sent in waiting}
         open_runs = [sent for sent in self._runs.values() if sent.run_id not in unsent]
@@ -334,25 +397,43 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
         descriptor = socket.get_extra_info("socket")
         reading = asyncio.ensure_future(self._read(socket, down))
         writing = asyncio.ensure_future(self._write_all(socket, up))
+        pinging = asyncio.ensure_future(self._ping())
+        listening = asyncio.ensure_future(self._until_silent())
+        tasks = (reading, writing, listening, pinging)
+        self._open, self._in_between = (socket, up), False
         try:
-            await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (reading, writing):
+            self._open = None
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait((reading, writing))
+            await asyncio.wait(tasks)
             await socket.close()
             await _until_closed(descriptor)
-        for task in (reading, writing):
+        for task in tasks:
             if not task.cancelled() and (exc := task.exception()) is not None:
                 raise exc
 
+    async def _ping(self) -> None:
+        """Say now and then that this side is there, whatever else is said: a timer for each write costs more."""
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            self._write(encode_note(PING))
+
+    async def _until_silent(self) -> None:
+        """Raise when nothing has come for long: one look now and then, where a limit for each message costs much."""
+        silence = max(self._timeout, SILENCE_SECONDS)
+        quiet = 0
+        while quiet < SILENCE_LOOKS:
+            quiet += 1
+            if self._heard:
+                self._heard, quiet = False, 0
+            await asyncio.sleep(silence / SILENCE_LOOKS)
+        raise ConnectionError(explain(TimeoutError(), silence))
+
     async def _write_all(self, socket: ClientWebSocketResponse, seal: Seal) -> None:
         while True:
-            try:
-                async with asyncio.timeout(PING_SECONDS):
-                    await self._wake.wait()
-            except TimeoutError:
-                self._outbox.append((encode_note(PING), None))
+            await self._wake.wait()
             self._wake.clear()
             acks, self._acks = self._acks, []
             for at in range(0, len(acks), MAX_LIST):
@@ -362,19 +443,18 @@ class WebSocketEnvironmentExecutor(EnvironmentExecutor):
             for parts, sent in outbox:
                 pieces += framed(parts)
                 # From here on the service may have it: after a break it is asked.
-                if sent is not None and not sent.accepted.done():
-                    sent.accepted.set_result(None)
+                if sent is not None:
+                    sent.accept()
+            self._in_between = True
             for chunk in chunked(pieces, CHUNK):
                 await socket.send_bytes(b"".join([seal.tag([chunk]), chunk]))
+            self._in_between = False
 
     async def _read(self, socket: ClientWebSocketResponse, seal: Seal) -> None:
         reader = PacketReader(self._max_message)
-        silence = max(self._timeout, SILENCE_SECONDS)
         while True:
-            try:
-                message = await socket.receive(timeout=silence)
-            except TimeoutError as exc:
-                raise ConnectionError(explain(exc, silence)) from None
+            message = await socket.receive()
+            self._heard = True
             if message.type is not self._aiohttp.WSMsgType.BINARY:
                 raise ConnectionError(f"the socket was closed ({socket.close_code})")
             for raw in reader.feed(seal.open(memoryview(message.data))):

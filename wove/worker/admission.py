@@ -6,34 +6,18 @@ All of it is set in the worker's own environment, so that nobody who can write t
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from wove.errors import ConfigurationError, PayloadRejectedError, safe_text
 
 if TYPE_CHECKING:
     from wove.worker.allowed import AllowList
+    from wove.worker.origins import Origin
 
-_DEFAULT_PORTS = {"http": 80, "https": 443}
 _VARIABLES = ("WOVE_ALLOW", "WOVE_CALLBACK_ALLOW", "WOVE_ENVIRONMENTS")
 
 
-class Origin(NamedTuple):
-    """Where callbacks may go to: scheme, host, and port (None: any)."""
-
-    scheme: str
-    host: str
-    port: int | None
-
-    def covers(self, other: Origin) -> bool:
-        """Tell whether a callback to ``other`` is one to here."""
-        if self.scheme != other.scheme or self.port not in (None, other.port):
-            return False
-        if self.host.startswith("*."):
-            return other.host.endswith(self.host[1:])
-        return self.host == other.host
-
-
-class Admission(NamedTuple):
+class Admission:
     """The settings; None where there is no restriction.
 
     Attributes:
@@ -42,9 +26,17 @@ class Admission(NamedTuple):
         environments: patterns of the environments' names whose payloads are taken.
     """
 
-    functions: AllowList | None
-    origins: tuple[Origin, ...] | None
-    environments: tuple[str, ...] | None
+    __slots__ = ("environments", "functions", "origins")
+
+    def __init__(
+        self,
+        functions: AllowList | None,
+        origins: tuple[Origin, ...] | None,
+        environments: tuple[str, ...] | None,
+    ) -> None:
+        self.functions = functions
+        self.origins = origins
+        self.environments = environments
 
     def check_origin(self, origin: str) -> None:
         """Refuse a callback to somewhere else.
@@ -54,6 +46,8 @@ class Admission(NamedTuple):
         """
         if self.origins is None:
             return
+        from wove.worker.origins import full_origin
+
         try:
             wanted = full_origin(origin)
             covered = any(allowed.covers(wanted) for allowed in self.origins)
@@ -62,7 +56,8 @@ class Admission(NamedTuple):
         if not covered:
             raise PayloadRejectedError(
                 f"its outcome would go to {safe_text(origin, 200)}, which WOVE_CALLBACK_ALLOW on this worker does not "
-                "list: add it there, or find out who sends such payloads"
+                "list: add it there, or find out who sends such payloads",
+                reason="callback",
             )
 
     def check_environment(self, name: str) -> None:
@@ -78,7 +73,8 @@ class Admission(NamedTuple):
         if not any(fnmatchcase(name, pattern) for pattern in self.environments):
             raise PayloadRejectedError(
                 f"it belongs to the environment {safe_text(name, 100)!r}, and this worker takes those of "
-                f"WOVE_ENVIRONMENTS only: {', '.join(self.environments)}"
+                f"WOVE_ENVIRONMENTS only: {', '.join(self.environments)}",
+                reason="environment",
             )
 
 
@@ -108,6 +104,8 @@ def _read(allow: str | None, callbacks: str | None, environments: str | None) ->
         functions = AllowList.from_environment()
     origins = None
     if callbacks is not None:
+        from wove.worker.origins import read_origin
+
         try:
             origins = tuple(read_origin(part) for part in _parts("WOVE_CALLBACK_ALLOW", callbacks))
         except ValueError as exc:
@@ -126,28 +124,3 @@ def _parts(name: str, text: str) -> list[str]:
     if not parts:
         raise ConfigurationError(f"{name} is set and lists nothing: fill it, or unset it")
     return parts
-
-
-def read_origin(text: str) -> Origin:
-    """Read ``scheme://host`` or ``scheme://host:port``; a URL's default port is that of its scheme.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    from urllib.parse import urlsplit
-
-    parts = urlsplit(text)
-    host = parts.hostname or ""
-    if parts.scheme not in _DEFAULT_PORTS or not host or "@" in parts.netloc or parts.path.strip("/"):
-        raise ValueError(f"{text!r:.200} is not scheme://host or scheme://host:port")
-    if "*" in host and not (host.startswith("*.") and "*" not in host[1:]):
-        raise ValueError(
-            f'a "*" stands for the first parts of a host name, as in "*.example"; got {text!r:.200}'
-        )
-    return Origin(parts.scheme, host.rstrip("."), parts.port)
-
-
-def full_origin(text: str) -> Origin:
-    """Read an origin that is to be called: its port is never open."""
-    origin = read_origin(text)
-    return origin._replace(port=origin.port or _DEFAULT_PORTS[origin.scheme])

@@ -68,7 +68,8 @@ class AllowList:
         if type(described) is not str:
             raise PayloadRejectedError(
                 "this worker takes functions by name only (--allow, WOVE_ALLOW), and this one was sent by value: define it in a "
-                "module that the worker can import"
+                "module that the worker can import",
+                reason="function",
             )
         module, _, qualname = described.partition(":")
         parts = qualname.split(".")
@@ -76,7 +77,8 @@ class AllowList:
         if not listed or not all(parts) or any(part.startswith("_") for part in parts):
             raise PayloadRejectedError(
                 f"{safe_text(described, 200)} is not allowed on this worker: its list (--allow, WOVE_ALLOW) holds "
-                f"{', '.join(self._patterns)}"
+                f"{', '.join(self._patterns)}",
+                reason="function",
             )
         found: Any = importlib.import_module(module)
         for part in parts:
@@ -85,5 +87,7 @@ class AllowList:
             getattr(found, "__module__", None) == module and getattr(found, "__qualname__", None) == qualname
         )
         if not own or not (inspect.isroutine(found) or callable(found)):
-            raise PayloadRejectedError(f"{safe_text(described, 200)} is not a function that {module} defines")
+            raise PayloadRejectedError(
+                f"{safe_text(described, 200)} is not a function that {module} defines", reason="function"
+            )
         return found

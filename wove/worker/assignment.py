@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import copy
+import logging
 import time
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
+from wove.buffers import Original
 from wove.errors import PayloadRejectedError, ProtocolError
 from wove.keyring import current_secrets
 from wove.security import fetch_tag, open_payload, run_key
 from wove.wire import decode_callable, decode_value, unpack_message
 from wove.worker.admission import admission
-from wove.worker.connection import clock_offsets, split_url
+from wove.worker.connection import clock_offset, request, split_url
 from wove.worker.fetching import claimed, fetch
 from wove.worker.parts import shared_part
 
@@ -22,12 +25,19 @@ if TYPE_CHECKING:
 
     from wove.tables import Row
 
+    #: A description with the attachments that belong to it, or a part that holds both.
+    _Source = tuple[Any, Sequence[memoryview]] | Original
+
+logger = logging.getLogger("wove.worker")
+
 #: The version of the payload format that this worker reads.
 VERSION = 1
 
 #: Seconds by which a payload must be too old before it is refused for its age: clocks differ.
 EXPIRED_KNOWN = 2.0
 EXPIRED_UNKNOWN = 60.0
+#: Seconds that a callback server gets to tell the time.
+TIME_PATIENCE = 2.0
 
 
 class Assignment:
@@ -81,11 +91,13 @@ class Assignment:
         try:
             self._admission.check_origin(self.origin)
         except PayloadRejectedError as exc:
-            raise PayloadRejectedError(f"run {self.run_id}: {exc}") from None
+            raise PayloadRejectedError(f"run {self.run_id}: {exc}", reason=exc.reason) from None
         self.kid = secret.kid
         self._secret, self._nonce = secret, nonce
         self.key = run_key(secret, self.environment, self.run_id, nonce)
         self._envelope = envelope
+        #: What the callable of a batch is decoded from, where it goes by value.
+        self._function_source: _Source | None = None
 
     @property
     def job(self) -> str:
@@ -101,13 +113,25 @@ class Assignment:
         self._admission.check_environment(self.environment)
         if self._expires is None:
             return
-        offset = clock_offsets.get(self.origin)
+        offset = clock_offset(self.origin)
+        if offset is None:
+            offset = self._ask_for_the_time()
         age = time.time() + (offset or 0.0) - self.sent_at
         if age > self._expires + (EXPIRED_UNKNOWN if offset is None else EXPIRED_KNOWN):
             raise PayloadRejectedError(
                 f"it has expired: it was signed {age:.0f} s ago and is good for {self._expires:g} s "
-                '(executor_config["payload_expires"])'
+                '(executor_config["payload_expires"])',
+                reason="expired",
             )
+
+    def _ask_for_the_time(self) -> float | None:
+        try:
+            request(self.origin, "GET", f"{self.path}/healthz", {}, timeout=TIME_PATIENCE)
+        except Exception as exc:  # its submitter may be gone: then our own clock has to do
+            logger.info(
+                "run %s: the time is not known of %s: %s", self.run_id, self.origin, type(exc).__name__
+            )
+        return clock_offset(self.origin)
 
     def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """Return the callable, its positional and its keyword arguments.
@@ -135,7 +159,8 @@ class Assignment:
         if version != VERSION:
             raise PayloadRejectedError(
                 f"the payload is of version {version!r} and this worker reads version {VERSION}: "
-                "install the same release of Wove on the submitter and its workers"
+                "install the same release of Wove on the submitter and its workers",
+                reason="version",
             )
 
     def load_batch(self) -> tuple[Any, list[Row]]:
@@ -155,7 +180,10 @@ class Assignment:
             raise ProtocolError("malformed payload: the table of a batch")
         if self._admission.functions is not None:
             return self._admission.functions.find(self._envelope.get("callable")), rows
-        return self._decode_function(self._envelope, attachments), rows
+        source = self._source(self._envelope, attachments)
+        if type(self._envelope.get("callable")) is not str:
+            self._function_source = source
+        return _function_of(source), rows
 
     def decode_row(self, row: Row) -> tuple[Any, Any]:
         """Return the positional and the keyword arguments of one run of a batch.
@@ -191,17 +219,22 @@ class Assignment:
             func = self._admission.functions.find(described)
             who = "this worker has WOVE_ALLOW and takes"
             return func, decode_plain(arguments, attachments, "the arguments", who)
-        return self._decode_function(call, attachments), decode_value(arguments, attachments)
+        return _function_of(self._source(call, attachments)), decode_value(arguments, attachments)
 
-    def _decode_function(self, call: Mapping[str, Any], attachments: Sequence[memoryview]) -> Any:
-        described = call.get("callable")
-        if "part" in call:
-            part, attachments = unpack_message(shared_part(self, call["part"]))
-            described = part.get("callable")
-        func = decode_callable(described, attachments)
-        if not callable(func):
-            raise TypeError(f"{described!r} is not callable here, but {type(func).__name__}")
-        return func
+    def _source(self, call: Mapping[str, Any], attachments: Sequence[memoryview]) -> _Source:
+        """Return what the callable is decoded from."""
+        return shared_part(self, call["part"]) if "part" in call else (call.get("callable"), attachments)
+
+    def another(self, func: Any) -> Any:
+        """Return the callable for another run of a batch: it shares no state with ``func``, the first one's.
+
+        Raises:
+            Exception: whatever importing or unpickling it raises.
+        """
+        source = self._function_source
+        if source is None or is_bare(func):
+            return func
+        return _function_of(source)
 
     def _fetch(self, claim: Any) -> memoryview:
         size, digest = claimed(claim, "fetch")
@@ -220,6 +253,29 @@ class Assignment:
         return any(
             limit is not None and age > limit + tolerance for limit in (self.timeout, self.start_timeout)
         )
+
+
+def _function_of(source: _Source) -> Any:
+    attachments: Sequence[memoryview]
+    if isinstance(source, Original):
+        # A copy for each: what one changes in place, no other sees.
+        part, attachments = unpack_message(source.copy())
+        described = part.get("callable")
+    else:
+        described, attachments = source
+    func = decode_callable(described, attachments)
+    if not callable(func):
+        raise TypeError(f"{described!r} is not callable here, but {type(func).__name__}")
+    return func
+
+
+def is_bare(func: Any) -> bool:
+    """Tell whether a function that came by value brought nothing with it that it could change."""
+    return (
+        type(func) is FunctionType
+        and not (func.__closure__ or func.__defaults__ or func.__kwdefaults__ or func.__dict__)
+        and all(name.startswith("__") for name in func.__globals__)
+    )
 
 
 def _seconds(value: Any) -> float | None:

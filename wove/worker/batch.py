@@ -16,13 +16,21 @@ from wove.tables import CANCELLED, ERROR, MAX_VALUE, RETURNED, encode_small, pac
 from wove.wire import pack_message, park
 from wove.worker.context import RunContext, bind
 from wove.worker.courier import courier_for
-from wove.worker.execution import TaskCancelledItself, cannot_load, drive, is_cancellation, keep
+from wove.worker.execution import (
+    TaskCancelledItself,
+    cannot_load,
+    drive,
+    is_cancellation,
+    keep,
+    note_refusal,
+)
+from wove.worker.fetching import FetchFailed, NotWanted
 from wove.worker.offering import offer, patience
 from wove.worker.pace import measured
-from wove.worker.session import CONTENT_TYPE, REPORT_AGAIN, REPORT_TIMEOUT, Session
+from wove.worker.session import CONTENT_TYPE, MAX_FRAMES, REPORT_AGAIN, REPORT_TIMEOUT, Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from typing_extensions import Buffer
 
@@ -55,7 +63,9 @@ class BatchSession(Session):
     def __init__(self, assignment: Assignment, backend: Mapping[str, str] | None = None) -> None:
         super().__init__(assignment, backend)
         self._backend = backend
-        self._slot = f"{self.worker['host']}:{self.worker['pid']}:{threading.get_ident()}"
+        # RQ forks a process for each message: that is no other worker.
+        process = self.worker.get("rq_worker") or self.worker["pid"]
+        self._slot = f"{self.worker['host']}:{process}:{threading.get_ident()}"
         self._rows: list[Row] = []
         self._row_since = 0.0
         self._exchange_again = 0.0
@@ -238,6 +248,7 @@ class BatchSession(Session):
                 self._exchange_again = self._exchanged + REPORT_AGAIN
                 with self._lock:
                     self._rows[:0] = body.rows
+                    self._pending[:0] = body.frames
                     self._executed += body.executed
                     self._busy += body.busy
         finally:
@@ -245,6 +256,9 @@ class BatchSession(Session):
 
     def deliver(self) -> None:
         """Deliver what is left, however long the callback server is away."""
+        # What one request does not hold goes ahead, as long as somebody listens.
+        while len(self._pending) > MAX_FRAMES - 4 and self.report():
+            pass
         with self._sending:
             body = self._take_news()
             if body.rows:
@@ -290,23 +304,30 @@ class BatchSession(Session):
     def _take_news(self) -> _News:
         with self._lock:
             rows, self._rows = self._rows, []
+            said, self._pending = self._pending[: MAX_FRAMES - 4], self._pending[MAX_FRAMES - 4 :]
             executed, self._executed = self._executed, 0
             busy, self._busy = self._busy, 0.0
-        return self._news(rows, executed, busy)
+        return self._news(rows, said, executed, busy)
 
-    def _news(self, rows: list[Row], executed: int = 0, busy: float = 0.0) -> _News:
+    def _news(
+        self,
+        rows: list[Row],
+        said: Sequence[frames.Frame] = (),
+        executed: int = 0,
+        busy: float = 0.0,
+    ) -> _News:
         envelope: dict[str, Any] = {
             "v": 1,
             "execution": self.execution,
             "worker": self.worker,
-            "frames": [],
+            "frames": list(said),
             "heard": self._heard,
         }
         if executed:
             envelope["timing"] = [self._slot, executed, busy]
         if rows:
             envelope["outcomes"] = True
-        return _News(rows, executed, busy, pack_message(envelope, [pack_table(rows)] if rows else []))
+        return _News(rows, said, executed, busy, pack_message(envelope, [pack_table(rows)] if rows else []))
 
     def _heed(self, reply: Reply, tag: bytes) -> None:
         given = reply.headers.get("wove-unwanted")
@@ -321,10 +342,18 @@ class BatchSession(Session):
 class _News:
     """What one request says of a batch."""
 
-    __slots__ = ("busy", "executed", "parts", "rows")
+    __slots__ = ("busy", "executed", "frames", "parts", "rows")
 
-    def __init__(self, rows: list[Row], executed: int, busy: float, parts: list[Buffer]) -> None:
+    def __init__(
+        self,
+        rows: list[Row],
+        said: Sequence[frames.Frame],
+        executed: int,
+        busy: float,
+        parts: list[Buffer],
+    ) -> None:
         self.rows = rows
+        self.frames = said
         self.executed = executed
         self.busy = busy
         self.parts = parts
@@ -371,8 +400,11 @@ def run_batch(
         return False
     hooks.begins(session)
     with courier_for(assignment.origin).caring_for(session):
-        func, rows = _load(session, hooks)
-        work = _Work(session, func, rows, hooks)
+        loaded = _load(session, hooks)
+        if loaded is None:
+            keep(session, hooks)
+            return False
+        work = _Work(session, *loaded, hooks)
         try:
             work.execute()
         finally:
@@ -393,13 +425,20 @@ def run_batch(
     return work.executed > 0
 
 
-def _load(session: BatchSession, hooks: BackendHooks) -> tuple[Any, list[Row]]:
+def _load(session: BatchSession, hooks: BackendHooks) -> tuple[Any, list[Row]] | None:
     task = session.assignment
     try:
         func, rows = task.load_batch()
+    except NotWanted:
+        session.acknowledge_cancel()
+        return None
+    except FetchFailed as exc:
+        # The delivery failed, and not the task: it may be made again.
+        session.lost(str(exc))
+        return None
     except BaseException as exc:
         if isinstance(exc, PayloadRejectedError):
-            logger.error("payload of task %s rejected: %s", task.task_id, exc)
+            note_refusal(exc, "payload of task %s rejected: %s", task.task_id, exc)
         else:
             exc.add_note(cannot_load(session.worker, task.task_id))
         hooks.ends(None, exc, source="worker")
@@ -441,14 +480,18 @@ class _Work:
         session = self._session
         try:
             positional, keywords = session.assignment.decode_row(row)
+            func = session.assignment.another(self._func) if self.executed else self._func
         except BaseException as exc:
-            if not isinstance(exc, PayloadRejectedError):
-                exc.add_note(cannot_load(session.worker, session.assignment.task_id))
+            task_id = session.assignment.task_id
+            if isinstance(exc, PayloadRejectedError):
+                note_refusal(exc, "payload of task %s rejected: %s", task_id, exc)
+            else:
+                exc.add_note(cannot_load(session.worker, task_id))
             self._fail(place, row[0], exc, source="worker")
             return
         try:
             with bind(item.context):
-                result = self._func(*positional, **keywords)
+                result = func(*positional, **keywords)
                 if hasattr(result, "__await__"):
                     result = drive(result, item)
         except BaseException as exc:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from wove.buffers import room
 from wove.worker import plain_http
@@ -34,18 +34,30 @@ MAX_ORIGINS = 8
 MAX_REPLY = 64 * 1024
 
 
-class Reply(NamedTuple):
+class Reply:
     """A callback server's answer; header names are in lower case."""
 
-    status: int
-    headers: Mapping[str, str]
-    body: bytes | memoryview
-    #: Of a large body, where it was asked for.
-    digest: bytes | None = None
+    __slots__ = ("body", "digest", "headers", "status")
+
+    def __init__(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        body: bytes | memoryview,
+        digest: bytes | None = None,
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+        #: Of a large body, where it was asked for.
+        self.digest = digest
 
 
-#: Per callback origin: its wall clock minus ours, in seconds, as its last reply told.
-clock_offsets: dict[str, float] = {}
+#: Per callback origin: its wall clock minus ours, in seconds, as its last reply told; and ours minus the
+#: monotonic one at that time.
+clock_offsets: dict[str, tuple[float, float]] = {}
+#: Seconds by which that difference may change before our own clock counts as set anew.
+CLOCK_JUMP = 1.0
 
 #: Per callback origin: when a request was made that told its count of withdrawals, on the monotonic clock,
 #: and that count, as text.
@@ -91,6 +103,7 @@ def request(
     timeout: float = TIMEOUT,
     max_reply: int = MAX_REPLY,
     hasher: Callable[[], Any] | None = None,
+    room: Callable[[int], memoryview] = room,
 ) -> Reply:
     """Send a request on this thread's connection and read the reply.
 
@@ -115,7 +128,7 @@ def request(
                 if reused or size <= SMALL:
                     raise
                 # A server that refuses a large body answers before it has all of it.
-            return read_reply(origin, connection.getresponse(), max_reply, hasher)
+            return read_reply(origin, connection.getresponse(), max_reply, hasher, room)
         except (ConnectionError, _bad_status()) as exc:
             connection.close()
             if not reused or isinstance(exc, ConnectionRefusedError):
@@ -125,6 +138,17 @@ def request(
             connection.close()
             raise
     raise ConnectionError("unreachable")  # the second round either returns or raises
+
+
+def clock_offset(origin: str) -> float | None:
+    """Return a callback server's wall clock minus ours, in seconds; None when it is not known, or no longer."""
+    known = clock_offsets.get(origin)
+    if known is None:
+        return None
+    offset, ours = known
+    if abs(time.time() - time.monotonic() - ours) > CLOCK_JUMP:
+        return None  # our clock was set, or this machine slept
+    return offset
 
 
 def _exchange(
@@ -221,8 +245,12 @@ def read_reply(
     response: HTTPResponse,
     max_reply: int = MAX_REPLY,
     hasher: Callable[[], Any] | None = None,
+    room: Callable[[int], memoryview] = room,
 ) -> Reply:
-    """Read a reply of at most ``max_reply`` bytes; a large one is hashed while it comes in."""
+    """Read a reply of at most ``max_reply`` bytes.
+
+    A large one is read into ``room`` for it, and hashed by a new ``hasher`` while it comes in.
+    """
     # Proxies may change the case of names.
     headers = {name.lower(): value for name, value in response.headers.items()}
     _note(origin, headers)
@@ -230,14 +258,15 @@ def read_reply(
     if length is not None and length > max_reply:
         raise ConnectionError(f"the callback server's reply is too long ({length} bytes)")
     if max_reply > MAX_REPLY and length is not None:
-        body = _read_large(response, length, digest := hasher() if hasher is not None else None)
+        body = room(length)
+        _read_large(response, body, digest := hasher() if hasher is not None else None)
         return Reply(response.status, headers, body, digest.digest() if digest is not None else None)
     return Reply(response.status, headers, response.read(max_reply))
 
 
-def _read_large(response: HTTPResponse, length: int, digest: Any) -> memoryview:
-    body, at = room(length), 0
-    while at < length:
+def _read_large(response: HTTPResponse, body: memoryview, digest: Any) -> None:
+    at = 0
+    while at < body.nbytes:
         # What is hashed meanwhile, the peer can send the next of.
         count = response.readinto(body[at : at + PIECE])
         if not count:
@@ -246,7 +275,6 @@ def _read_large(response: HTTPResponse, length: int, digest: Any) -> memoryview:
             digest.update(body[at : at + count])
         at += count
     response.close()
-    return body
 
 
 def _note_withdrawals(origin: str, headers: Mapping[str, str], asked_at: float) -> None:
@@ -266,6 +294,7 @@ def _note(origin: str, headers: Mapping[str, str]) -> None:
         try:
             if len(clock_offsets) > 1_000:
                 clock_offsets.clear()
-            clock_offsets[origin] = float(sent_at) - time.time()
+            now = time.time()
+            clock_offsets[origin] = float(sent_at) - now, now - time.monotonic()
         except ValueError:
             pass

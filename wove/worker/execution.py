@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from wove.errors import PayloadRejectedError, WoveError
+from wove.errors import ConfigurationError, PayloadRejectedError, WoveError
+from wove.refusals import count_refusal
 from wove.worker.assignment import Assignment
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
@@ -16,8 +17,49 @@ from wove.worker.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Protocol
 
     from wove.worker.context import RunContext
+
+    class Job(Protocol):
+        """What is to be called; an :class:`Assignment` is one."""
+
+        task_id: str
+
+        def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+            """Return the callable, its positional and its keyword arguments."""
+            ...
+
+    class Execution(Protocol):
+        """One execution and where its outcome goes; a :class:`Session` is one."""
+
+        context: RunContext
+        on_cancel: Callable[[], None] | None
+        worker: dict[str, Any]
+
+        @property
+        def assignment(self) -> Job:
+            """What is to be called."""
+            ...
+
+        def fail(self, exc: BaseException, *, source: str = "task") -> None:
+            """Deliver an error."""
+            ...
+
+        def acknowledge_cancel(self) -> None:
+            """Deliver that the task was cancelled."""
+            ...
+
+        def lost(self, message: str) -> None:
+            """Deliver that the delivery failed, and not the task."""
+            ...
+
+    class Cancellable(Protocol):
+        """What a coroutine has to know of its execution."""
+
+        context: RunContext
+        on_cancel: Callable[[], None] | None
+
 
 logger = logging.getLogger("wove.worker")
 
@@ -161,58 +203,26 @@ def _open(payload: bytes | str, backend: Mapping[str, Any] | None) -> Session:
         assignment = Assignment(payload)
     except WoveError as exc:
         # Nobody is told but this log and the backend: an answer could not be signed, or would go astray.
-        logger.error("payload rejected, its submitter cannot be told: %s", exc)
+        note_refusal(exc, "payload rejected, its submitter cannot be told: %s", exc)
         raise
     session = Session(assignment, backend)
     try:
         assignment.check()
     except PayloadRejectedError as exc:
-        logger.error("payload of run %s rejected: %s", assignment.run_id, exc)
+        note_refusal(exc, "payload of run %s rejected: %s", assignment.run_id, exc)
         session.refuse(exc)
         raise
     return session
 
 
-class Job(Protocol):
-    """What is to be called; an :class:`Assignment` is one."""
-
-    task_id: str
-
-    def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """Return the callable, its positional and its keyword arguments."""
-        ...
-
-
-class Execution(Protocol):
-    """One execution and where its outcome goes; a :class:`Session` is one."""
-
-    context: RunContext
-    on_cancel: Callable[[], None] | None
-    worker: dict[str, Any]
-
-    @property
-    def assignment(self) -> Job:
-        """What is to be called."""
-        ...
-
-    def fail(self, exc: BaseException, *, source: str = "task") -> None:
-        """Deliver an error."""
-        ...
-
-    def acknowledge_cancel(self) -> None:
-        """Deliver that the task was cancelled."""
-        ...
-
-    def lost(self, message: str) -> None:
-        """Deliver that the delivery failed, and not the task."""
-        ...
-
-
-class Cancellable(Protocol):
-    """What a coroutine has to know of its execution."""
-
-    context: RunContext
-    on_cancel: Callable[[], None] | None
+def note_refusal(exc: WoveError, message: str, *args: object) -> None:
+    """Count the refusal of a payload, and log it; the record has its reason as ``wove_refusal``."""
+    if isinstance(exc, PayloadRejectedError):
+        reason = exc.reason
+    else:
+        reason = "settings" if isinstance(exc, ConfigurationError) else "malformed"
+    count_refusal(f"payload:{reason}")
+    logger.error(message, *args, extra={"wove_refusal": reason})
 
 
 class _Call:
@@ -241,7 +251,7 @@ def load_call(session: Execution, hooks: BackendHooks | None = None) -> _Call | 
         session.lost(str(exc))
         return None
     except PayloadRejectedError as exc:
-        logger.error("payload of task %s rejected: %s", session.assignment.task_id, exc)
+        note_refusal(exc, "payload of task %s rejected: %s", session.assignment.task_id, exc)
         if hooks is not None:
             hooks.ends(None, exc, source="worker")
         session.fail(exc, source="worker")

@@ -6,11 +6,14 @@ import hashlib
 import time
 from typing import TYPE_CHECKING, Any
 
+from wove.buffers import room
 from wove.errors import ProtocolError
 from wove.worker.connection import request
 from wove.worker.offering import offer, patience
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from wove.worker.assignment import Assignment
 
 
@@ -33,7 +36,14 @@ def claimed(claim: Any, what: str) -> tuple[int, bytes]:
     raise ProtocolError(f"malformed payload: {what}")
 
 
-def fetch(task: Assignment, kind: str, tag: bytes, size: int, digest: bytes) -> memoryview:
+def fetch(
+    task: Assignment,
+    kind: str,
+    tag: bytes,
+    size: int,
+    digest: bytes,
+    room: Callable[[int], memoryview] = room,
+) -> memoryview:
     """Return bytes of the callback server, verified.
 
     Args:
@@ -42,6 +52,7 @@ def fetch(task: Assignment, kind: str, tag: bytes, size: int, digest: bytes) -> 
         tag: what signs the request.
         size: how many there are.
         digest: their SHA-256, as the run's payload has it.
+        room: where they go, if they are many.
 
     Raises:
         NotWanted: they are not to be had any more.
@@ -52,7 +63,7 @@ def fetch(task: Assignment, kind: str, tag: bytes, size: int, digest: bytes) -> 
     path = f"{task.path}/wove/v1/{kind}/{task.run_id}"
     reply = offer(
         lambda: request(
-            task.origin, "GET", path, headers, timeout=30.0, max_reply=size, hasher=hashlib.sha256
+            task.origin, "GET", path, headers, timeout=30.0, max_reply=size, hasher=hashlib.sha256, room=room
         ),
         task,
         patience(task, time.monotonic(), cancelled=False),

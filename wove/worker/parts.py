@@ -1,7 +1,7 @@
 """What several runs of one ``map`` share, kept for the next of them: each process fetches it once.
 
-Bytes are kept, and never what was made of them: each run decodes objects of its own, so that no task sees what
-another has changed. A process that is forked for each job, as RQ's are, has nothing of it.
+Bytes are kept, and never what was made of them: each run decodes objects of its own, from a copy of its own, so
+that no task sees what another has changed. A process that is forked for each job, as RQ's are, has nothing of it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+from wove.buffers import Original
 from wove.security import part_tag
 from wove.worker.fetching import claimed, fetch
 
@@ -53,16 +54,16 @@ class PartCache:
     """
 
     def __init__(self, limit: int, idle: float = IDLE_SECONDS) -> None:
-        self._limit = limit
+        self.limit = limit
         self._idle = idle
-        self._kept: OrderedDict[_Name, tuple[memoryview, float]] = OrderedDict()
+        self._kept: OrderedDict[_Name, tuple[Original, float]] = OrderedDict()
         self._coming: dict[_Name, threading.Event] = {}
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self.bytes = 0
 
-    def get(self, name: _Name, load: Callable[[], memoryview]) -> memoryview:
-        """Return a part: read-only when it is kept, as ``load`` has it when it is not.
+    def get(self, name: _Name, load: Callable[[], Original]) -> Original:
+        """Return a part; ``load`` gets it when it is not there.
 
         Raises:
             Exception: what ``load`` raises.
@@ -86,7 +87,7 @@ class PartCache:
             with self._lock:
                 self._coming.pop(name).set()
 
-    def _touch(self, name: _Name) -> memoryview | None:
+    def _touch(self, name: _Name) -> Original | None:
         found = self._kept.get(name)
         if found is None:
             return None
@@ -94,19 +95,17 @@ class PartCache:
         self._kept.move_to_end(name)
         return found[0]
 
-    def _keep(self, name: _Name, part: memoryview) -> memoryview:
-        if part.nbytes > self._limit:
-            return part
+    def _keep(self, name: _Name, part: Original) -> Original:
         with self._lock:
-            self._kept[name] = part.toreadonly(), time.monotonic()
-            self.bytes += part.nbytes
-            while self.bytes > self._limit:
+            self._kept[name] = part, time.monotonic()
+            self.bytes += part.data.nbytes
+            while self.bytes > self.limit:
                 self._drop(next(iter(self._kept)))
             self._watch()
-            return self._kept[name][0]
+            return part
 
     def _drop(self, name: _Name) -> None:
-        self.bytes -= self._kept.pop(name)[0].nbytes
+        self.bytes -= self._kept.pop(name)[0].data.nbytes
 
     def _watch(self) -> None:
         if self._timer is None and self._kept:
@@ -146,12 +145,21 @@ def cache() -> PartCache:
     return found
 
 
-def shared_part(task: Assignment, claim: Any) -> memoryview:
-    """Return the part that a payload names, verified.
+def shared_part(task: Assignment, claim: Any) -> Original:
+    """Return the part that a payload names, verified; each run decodes a copy of it.
 
     Raises:
         NotWanted, FetchFailed, ProtocolError: see :func:`wove.worker.fetching.fetch`.
     """
     size, digest = claimed(claim, "part")
     tag = part_tag(task.key, task.run_id)
-    return cache().get((task.kid, task.environment, digest), lambda: fetch(task, "parts", tag, size, digest))
+    kept = cache()
+
+    def load() -> Original:
+        part = Original(size)
+        found = fetch(task, "parts", tag, size, digest, lambda length: part.data[:length])
+        if found.obj is not part.data.obj:  # a short one, that came without
+            part.data[: found.nbytes] = found
+        return part
+
+    return load() if size > kept.limit else kept.get((task.kid, task.environment, digest), load)

@@ -112,6 +112,7 @@ def run(payload: bytes | str) -> Any:
         _run(payload)
         return None
     hooks = RqHooks(job)
+    delete_at_once(job)
     _run(payload, backend=_describe(job), redelivered=_retries(job), hooks=hooks)
     return hooks.passed
 
@@ -137,6 +138,25 @@ def run_shared(payload: bytes | str) -> Any:
     shared = SharedJob(job, payload, _describe(job))
     shared.execute(redelivered=_retries(job))
     return shared.passed
+
+
+def delete_at_once(job: Any) -> None:
+    """Let RQ delete a job that has ended well without looking for what cannot be there.
+
+    For a job without a result (``result_ttl=0``) RQ asks Redis, over a second connection of the work horse, in which
+    registries it may be: that costs more than all the rest. This one has just run, and its execution is
+    removed beside it in any case.
+    """
+    cleanup = job.cleanup
+
+    def briefly(ttl: Any = None, pipeline: Any = None, remove_from_queue: bool = True) -> None:
+        special = getattr(job, "group_id", None) or getattr(job, "has_rate_limit", False) or _retries(job)
+        if ttl != 0 or pipeline is None or remove_from_queue or special:
+            cleanup(ttl, pipeline=pipeline, remove_from_queue=remove_from_queue)
+            return
+        pipeline.delete(job.key, job.dependents_key, job.dependencies_key)
+
+    job.cleanup = briefly
 
 
 def _describe(job: Any) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 from wove.backend import JOINED, shared_name
 from wove.errors import WoveError
 from wove.worker.assignment import Assignment
+from wove.worker.execution import note_refusal
 
 logger = logging.getLogger("wove.worker")
 
@@ -106,7 +107,7 @@ class Party:
             assignment = Assignment(payload)
             assignment.check()
         except WoveError as exc:
-            logger.error("job %s: somebody who has joined it is not heard: %s", self.job_id, exc)
+            note_refusal(exc, "job %s: somebody who has joined it is not heard: %s", self.job_id, exc)
             return None
         first = self._first
         if (assignment.environment, assignment.shared_by) != (first.environment, first.shared_by):

@@ -13,7 +13,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from wove.errors import normalize_exception
+from wove.errors import PayloadRejectedError, normalize_exception
 from wove.remote_errors import encode_exception
 from wove.wire import PARKED
 from wove.worker.assignment import Assignment
@@ -141,7 +141,18 @@ class SharedJob(RqHooks):
         try:
             payload = self._turn()
             while payload is not None:
-                if _run(payload, backend=self._info, redelivered=redelivered, hooks=self):
+                self._forget()
+                try:
+                    completed = _run(payload, backend=self._info, redelivered=redelivered, hooks=self)
+                except PayloadRejectedError:
+                    if self._session is not None:
+                        raise  # all of them were told
+                    # It was refused by itself: its environment's payloads expire, say, and others' do not.
+                    payload = self._turn(Assignment(payload).run_id)
+                    if payload is None:
+                        raise
+                    continue
+                if completed:
                     return
                 if self._session is None or self._session.elsewhere:
                     return
@@ -149,6 +160,9 @@ class SharedJob(RqHooks):
         finally:
             self._dismiss()
             self._see_off()
+
+    def _forget(self) -> None:
+        self._session = None
 
     def _turn(self, failed: str = "") -> bytes | str | None:
         """Return the payload to execute now; None when nobody wants any.

@@ -14,7 +14,7 @@ from wove.errors import EncodeError, lost, normalize_exception
 from wove.security import event_tag, reply_tag, same
 from wove.wire import encode_value, pack_message, park
 from wove.worker import offering
-from wove.worker.connection import Reply, clock_offsets, request, withdrawals
+from wove.worker.connection import Reply, clock_offset, request, withdrawals
 from wove.worker.context import RunContext
 from wove.worker.offering import offer, patience, retry_after
 from wove.worker.pace import is_short
@@ -58,6 +58,10 @@ ENVELOPE_ALLOWANCE = 64 * 1024
 MAX_PENDING = 1_000
 
 CONTENT_TYPE = "application/msgpack"
+#: Runs that this process remembers to have begun: copies of them are asked for.
+MAX_BEGUN = 4096
+
+_begun: set[str] = set()
 
 
 class Session:
@@ -87,7 +91,8 @@ class Session:
         self.notify: Callable[[], None] | None = None
         self.worker: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), **(backend or {})}
         self._path = f"{assignment.path}/wove/v1/events/{assignment.run_id}"
-        self._seq = 0
+        #: The first number is that of the news that the task has started, whenever that is sent.
+        self._seq = 1
         self._retry = 0
         #: When a report that failed is tried again, in monotonic seconds.
         self._report_again = 0.0
@@ -120,35 +125,38 @@ class Session:
             return True
         # How often the backend itself has run the payload before, where it counts that.
         self._retry = redelivered if type(redelivered) is int else 0
-        offset = clock_offsets.get(self.assignment.origin)
+        offset = clock_offset(self.assignment.origin)
         unseen = unseen and not is_short(self.assignment.function)
+        settled = self._nothing_withdrawn()
         unasked = offset is not None and not (redelivered or self.assignment.ask or unseen)
         age = time.time() + (offset or 0.0) - self.assignment.sent_at
-        if unasked and abs(age) < FRESH:
+        if unasked and (abs(age) < FRESH or (-FRESH < age < SETTLED and settled)):
             return True
-        if offset is not None and self.assignment.overdue(offset, OVERDUE_KNOWN):
-            return False
-        if unasked and -FRESH < age < SETTLED and self._nothing_withdrawn():
-            return True
+        # Also what seems to be long over: by clocks alone nothing is skipped, for they may have been set meanwhile.
         return self._ask(offset)
 
     def _nothing_withdrawn(self) -> bool:
         """Tell whether no run was cancelled, closed or submitted again since the payload was made."""
         task = self.assignment
+        copy = task.run_id in _begun
+        if len(_begun) >= MAX_BEGUN:
+            _begun.clear()
+        _begun.add(task.run_id)
         # What others share, or what outlives its submitter, is another matter.
-        if task.withdrawn is None or task.shared_by is not None or task.keep:
+        if copy or task.withdrawn is None or task.shared_by is not None or task.keep:
             return False
         told_at, withdrawn = withdrawals.get(task.origin, (0.0, ""))
         return withdrawn == str(task.withdrawn) and time.monotonic() - told_at < RECENT
 
     def _ask(self, offset: float | None) -> bool:
+        tolerance = OVERDUE_UNKNOWN if offset is None else OVERDUE_KNOWN
         give_up = time.monotonic() + ASK_PATIENCE
         while True:
             frame = self._frame(frames.TASK_STARTED, fence=True, retry=self._retry)
             try:
                 reply = self._post([frame], [], final=False, timeout=ASK_TIMEOUT)
             except Exception as exc:
-                if self.assignment.overdue(offset or 0.0, OVERDUE_UNKNOWN):
+                if self.assignment.overdue(offset or 0.0, tolerance):
                     logger.info(
                         "run %s is not started: its deadline is over, its caller gone", self.assignment.run_id
                     )
@@ -245,7 +253,7 @@ class Session:
         with self._lock:
             if not self._started:
                 self._started = True
-                self._pending.insert(0, self._frame(frames.TASK_STARTED))
+                self._pending.insert(0, self._started_frame())
             count = characters = 0
             for frame in self._pending[:MAX_FRAMES]:
                 characters += len(frame.get("message", ""))
@@ -349,7 +357,7 @@ class Session:
                 self._pending = []
                 if not self._started:
                     self._started = True
-                    last.insert(0, self._frame(frames.TASK_STARTED))
+                    last.insert(0, self._started_frame())
                 last.append(self._frame(kind, **fields))
         finally:
             if held:
@@ -402,6 +410,11 @@ class Session:
         self._seq += 1
         task = self.assignment
         return frames.event(kind, task.run_id, task.task_id, task.attempt, self._seq, **fields)
+
+    def _started_frame(self) -> frames.Frame:
+        # It may be made after news of the task itself, and must not make those seem outdated.
+        task = self.assignment
+        return frames.event(frames.TASK_STARTED, task.run_id, task.task_id, task.attempt, 1)
 
     def _body(self, batch: list[frames.Frame], attachments: Sequence[Buffer]) -> list[Buffer]:
         envelope = {"v": 1, "execution": self.execution, "worker": self.worker, "frames": batch}

@@ -46,15 +46,16 @@ class Lonely:
             beside.append(await timed(other.start))
             await other.stop()
         await runtime.stop()
-        second = []
+        second, stop = [], []
         for _ in range(STARTS):
             runtime = self.runtime()
             second.append(await timed(runtime.start))
-            await runtime.stop()
+            stop.append(await timed(runtime.stop))
         return {
             "first": first,
             "second": statistics.median(second),
             "beside": statistics.median(beside),
+            "stop": statistics.median(stop),
         }
 
     async def hold(self, count, trace):

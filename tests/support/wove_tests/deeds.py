@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -277,3 +278,58 @@ def retry_in(log: str, seconds: float) -> NoReturn:
 
     note(log, "start")
     raise current_task.retry(countdown=seconds, max_retries=5)
+
+
+def number_or_fail(log: str, number: int) -> int:
+    """Note the execution; multiples of three fail."""
+    note(log, f"start-{number}")
+    if number % 3 == 0:
+        raise ValueError(f"{number} is a multiple of three")
+    return number
+
+
+def number_or_die(log: str, number: int) -> int:
+    """Note the execution; seven kills its process, the first time."""
+    begin(f"{log}-{number}")
+    if number == 7 and len(notes(f"{log}-{number}")) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def first_holds(log: str, release: str, number: int) -> int:
+    """Note the execution; number zero waits until it is released."""
+    note(log, f"start-{number}")
+    return hold_number(log, release, number) if number == 0 else number
+
+
+def strange(number: int) -> Any:
+    """Return, or raise, something that does not travel like the others."""
+    if number == 0:
+        return bytes(300_000)
+    if number == 1:
+        return threading.Lock()
+    if number == 2:
+        raise SystemExit(3)
+    if number == 3:
+        raise ValueError("x" * 100_000)
+    if number == 4:
+        return {1, (2, 3)}
+    return current().run_id
+
+
+async def number_async(number: int) -> int:
+    """Report progress, and return the number."""
+    current().progress(number / 100, "here")
+    await asyncio.sleep(0)
+    return number
+
+
+def until_told(log: str, number: int) -> str:
+    """Wait to be cancelled; others return at once."""
+    note(log, f"start-{number}")
+    if number:
+        return "not me"
+    while not current().cancelled:
+        time.sleep(0.01)
+    note(log, "told")
+    return "told"

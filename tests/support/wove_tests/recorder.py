@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     import pytest
 
 #: Everything that turns bytes into objects.
-DECODERS: tuple[tuple[Any, str], ...] = ((msgpack, "unpackb"), (pickle, "loads"), (json, "loads"))
+DECODERS: tuple[tuple[Any, str], ...] = (
+    (msgpack, "unpackb"),
+    (msgpack, "unpack"),
+    (pickle, "loads"),
+    (pickle, "load"),
+    (json, "loads"),
+    (json, "load"),
+)
 
 
 def record_calls(monkeypatch: pytest.MonkeyPatch, *functions: tuple[Any, str]) -> list[str]:

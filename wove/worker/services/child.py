@@ -13,11 +13,11 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from wove import frames
 from wove.errors import ConfigurationError
-from wove.exchange import HELLO, VERSION, Packet, PacketReader, encode_note, framed
+from wove.exchange import HELLO, SMALL_PACKET, VERSION, Packet, PacketReader, encode_note, framed
 from wove.worker.services.output import capture_output
 from wove.worker.services.runner import Runner
+from wove.worker.services.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +37,8 @@ EXIT_SECONDS = 2.0
 #: Buffers that one system call takes, and packets that may wait for their turn.
 _MAX_BUFFERS = 256
 MAX_WAITING = 1_000
+#: Outcomes of short tasks that leave together, at most.
+HELD_PACKETS = 8
 
 
 def serve_parent(*, threads: int, allow: AllowList | None) -> None:
@@ -45,7 +47,7 @@ def serve_parent(*, threads: int, allow: AllowList | None) -> None:
     Raises:
         ConfigurationError: this process was not started by an executor or a service.
     """
-    parent = _Parent(_take_socket())
+    parent = Parent(_take_socket())
     for folder in reversed(os.environ.pop(SEARCH_PATH, "").split(os.pathsep)):
         if folder and folder not in sys.path:
             sys.path.insert(0, folder)
@@ -54,7 +56,7 @@ def serve_parent(*, threads: int, allow: AllowList | None) -> None:
     runner = Runner(threads=threads, allow=allow, backend="stdio")
     parent.send(encode_note(HELLO, v=VERSION, pid=os.getpid()))
     try:
-        _take_commands(parent, runner)
+        Turns(parent, runner).run()
     finally:
         runner.close_now()
         # Threads of the user's that do not end must not keep the process.
@@ -78,18 +80,7 @@ def _take_socket() -> socket.socket:
     return connection
 
 
-def _take_commands(parent: _Parent, runner: Runner) -> None:
-    while True:
-        for packet in parent.receive():
-            if packet is None or packet.kind == frames.SHUTDOWN:
-                return
-            if packet.kind == frames.RUN_TASK:
-                runner.run(packet, parent.emit)
-            elif packet.kind == frames.CANCEL_TASK:
-                runner.cancel(packet.run_id)
-
-
-class _Parent:
+class Parent:
     """The private socket."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -97,8 +88,10 @@ class _Parent:
         self._reader = PacketReader()
         self._buffer = memoryview(bytearray(256 * 1024))
         self._lock = threading.Lock()
-        self._waiting: deque[list[memoryview]] = deque()
+        self._waiting: deque[list[Buffer]] = deque()
         self._gone = False
+        #: The thread whose packets wait for company.
+        self._holder = 0
 
     def receive(self) -> list[Packet | None]:
         """Wait for the next commands; None stands for the end."""
@@ -117,7 +110,22 @@ class _Parent:
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """Send a packet. While one thread sends, it sends for the others, too; all wait for a parent that is slow."""
-        self._waiting.append([memoryview(part).cast("B") for part in framed(parts)])
+        self._waiting.append(framed(parts))
+        if self._holder and len(self._waiting) < HELD_PACKETS and self._holder == threading.get_ident():
+            return
+        self._flush()
+
+    def hold(self) -> None:
+        """Let what this thread sends wait for company, until :meth:`release`."""
+        self._holder = threading.get_ident()
+
+    def release(self) -> None:
+        """Send what waits."""
+        self._holder = 0
+        if self._waiting:
+            self._flush()
+
+    def _flush(self) -> None:
         if len(self._waiting) > MAX_WAITING:
             with self._lock:
                 self._send_waiting()
@@ -130,11 +138,14 @@ class _Parent:
 
     def _send_waiting(self) -> None:
         while self._waiting and not self._gone:
-            buffers: list[memoryview] = []
+            buffers: list[Buffer] = []
             while self._waiting and len(buffers) < _MAX_BUFFERS:
                 buffers += self._waiting.popleft()
+            if len(buffers) > 1 and all(memoryview(part).nbytes <= SMALL_PACKET for part in buffers):
+                # As one: for each piece costs the system as much as a large one.
+                buffers = [b"".join(buffers)]
             try:
-                self._send_all(buffers)
+                self._send_all([memoryview(part).cast("B") for part in buffers])
             except OSError as exc:
                 # Without its parent this process ends: the reading side notices as well.
                 self._gone = True

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from wove.errors import ConfigurationError, ProtocolError
-from wove.exchange import Packet, chunked, split_packets
-from wove.network_security import NetworkSecurityError, Seal
+from wove.errors import ConfigurationError, ProtocolError, WoveError
+from wove.exchange import (
+    HELLO,
+    PING,
+    VERSION,
+    Packet,
+    PacketReader,
+    chunked,
+    encode_note,
+    framed,
+    split_packets,
+)
+from wove.network_security import NetworkSecurityError, Seal, channel_key
 from wove.worker.services.hub import Listener
 from wove.worker.services.listen import Address, run_until_told, start_listening
 from wove.worker.services.service import (
@@ -24,13 +36,21 @@ from wove.worker.services.service import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from typing_extensions import Buffer
+
     from wove.network_security import Verified
+
+logger = logging.getLogger("wove.worker")
 
 DEFAULT_METHOD = "/wove.network_executor.WorkerService/Send"
 #: Bytes of the answer in one message.
 CHUNK = 1024 * 1024
 #: Seconds that calls get to end when the server does.
 STOP_SECONDS = 1.0
+#: What the name of the method ends with whose calls stay open.
+LINE_SUFFIX = "Line"
+#: Bytes of the stream in one message there.
+LINE_CHUNK = 512 * 1024
 
 
 def grpc_handler(
@@ -60,11 +80,15 @@ class WorkerHandler(grpc.GenericRpcHandler):
         self.method = method
         self._starting = asyncio.Lock()
         self._started = False
-        self._handler: Any = grpc.unary_stream_rpc_method_handler(self._send)
+        self._handlers: dict[str, Any] = {
+            method: grpc.unary_stream_rpc_method_handler(self._send),
+            method + LINE_SUFFIX: grpc.stream_stream_rpc_method_handler(self._line),
+        }
+        self._open_lines: set[asyncio.Task[Any]] = set()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of a call, or None for another method."""
-        return self._handler if handler_call_details.method == self.method else None
+        return self._handlers.get(handler_call_details.method)
 
     async def start(self) -> None:
         """Start the service. Idempotent."""
@@ -75,13 +99,15 @@ class WorkerHandler(grpc.GenericRpcHandler):
 
     async def stop(self) -> None:
         """Stop the service. Idempotent."""
+        self.release()
         await self.tasks.stop()
 
     async def _send(
         self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> AsyncIterator[bytes | memoryview]:
-        await self.start()
-        verified = await self._verify(body, context)
+        if not self._started:
+            await self.start()
+        verified = await self._verify(body, context, self.method)
         seal = Seal(verified.key, "answer")
         listener = Listener()
         try:
@@ -100,6 +126,65 @@ class WorkerHandler(grpc.GenericRpcHandler):
             self.tasks.hub.detach(listener, retention=CUT_SECONDS)
         self.tasks.hub.delivered(listener.ended)
 
+    async def _line(self, requests: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        """Take commands, and say what comes of them, for as long as the caller likes."""
+        if not self._started:
+            await self.start()
+        verified = await self._verify(b"", context, self.method + LINE_SUFFIX)
+        nonce = secrets.token_hex(16)
+        hello = encode_note(HELLO, v=VERSION, nonce=nonce, instance=self.tasks.instance)
+        await context.write(b"".join([Seal(verified.key, "hello").tag(hello), *hello]))
+        key = channel_key(verified.key, nonce.encode())
+        listener = Listener()
+        task = asyncio.current_task()
+        writing = asyncio.create_task(self._write_line(listener, context, Seal(key, "down")))
+        if task is not None:
+            self._open_lines.add(task)
+        try:
+            await self._read_line(listener, context, Seal(key, "up"))
+        except WoveError as exc:
+            logger.warning("a call from %s: %s", context.peer(), exc)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(exc))
+        finally:
+            if task is not None:
+                self._open_lines.discard(task)
+            self.tasks.hub.detach(listener, retention=CUT_SECONDS)
+            writing.cancel()
+            await asyncio.wait((writing,))
+
+    async def _read_line(
+        self, listener: Listener, context: grpc.aio.ServicerContext[bytes, bytes], seal: Seal
+    ) -> None:
+        reader = PacketReader(self.tasks.max_request)
+        while isinstance(message := await context.read(), bytes):
+            for raw in reader.feed(seal.open(memoryview(message))):
+                packet = Packet(raw)
+                if packet.kind == PING:
+                    listener.say(encode_note(PING))
+                else:
+                    self.tasks.hub.take(packet, listener)
+
+    async def _write_line(
+        self, listener: Listener, context: grpc.aio.ServicerContext[bytes, bytes], seal: Seal
+    ) -> None:
+        try:
+            while True:
+                pieces: list[Buffer] = []
+                for parts in await listener.take(PING_SECONDS):
+                    pieces += framed(parts)
+                ended, listener.ended = listener.ended, []
+                for chunk in chunked(pieces, LINE_CHUNK):
+                    await context.write(b"".join((seal.tag([chunk]), chunk)))
+                self.tasks.hub.delivered(ended)
+        except Exception as exc:
+            # The reading side notices, too, and cleans up.
+            logger.debug("a call could not be written to: %s", exc)
+
+    def release(self) -> None:
+        """End the calls that stay open, so that the server need not wait for them."""
+        for task in self._open_lines:
+            task.cancel()
+
     async def _take(
         self, body: bytes, listener: Listener, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> None:
@@ -109,13 +194,15 @@ class WorkerHandler(grpc.GenericRpcHandler):
         except ProtocolError as exc:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(exc))
 
-    async def _verify(self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> Verified:
+    async def _verify(
+        self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes], method: str
+    ) -> Verified:
         metadata = [(str(name), value) for name, value in context.invocation_metadata() or ()]
         host = next((str(value) for name, value in metadata if name == "wove-host"), "")
 
         def check() -> Verified:
             given = [(name, value) for name, value in metadata if isinstance(value, str)]
-            return self.tasks.security.verify_metadata(given, host=host, target=self.method, body=body)
+            return self.tasks.security.verify_metadata(given, host=host, target=method, body=body)
 
         try:
             verified: Verified = await maybe_in_thread(len(body), check)
@@ -168,6 +255,7 @@ async def serve_grpc(service: Service, address: Address) -> None:
         target = f"unix:{address.unix}" if address.unix is not None else f"{_bracketed(address.host)}:{port}"
         await run_until_told(service, target)
     finally:
+        handler.release()
         await server.stop(STOP_SECONDS)
         await handler.stop()
 

@@ -90,8 +90,10 @@ class Routes:
             raise signed_refusal(web.HTTPBadRequest, str(exc), seal) from None
         try:
             response = await _answer(request, listener, seal)
-        finally:
+        except BaseException:
             self.service.hub.detach(listener, retention=CUT_SECONDS)
+            raise
+        # Each of its runs has ended: there is nothing else to be detached.
         self.service.hub.delivered(listener.ended)
         return response
 

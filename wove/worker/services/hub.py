@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from wove.exchange import PING, Packet, encode_note, lost_frame
 from wove.wire import pack_message
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from typing_extensions import Buffer
 
@@ -46,6 +47,11 @@ class Listener:
         self.open: set[str] = set()
         self.ended: list[str] = []
         self.closed = False
+        #: Whether anything has come from its caller since somebody last looked.
+        self.heard = False
+        #: Takes what waits once the last open run has ended, if it can take that at once; and whether it may now.
+        self.deliver_now: Callable[[Sequence[Sequence[Buffer]]], bool] | None = None
+        self._idle = False
 
     def put(self, run_id: str, kind: str, parts: Sequence[Buffer]) -> None:
         """Take an event of a run."""
@@ -55,6 +61,10 @@ class Listener:
         elif len(self._events) > MAX_WAITING:
             return
         self.say(parts)
+        if self.deliver_now is not None and self._idle and not self.open:
+            if self.deliver_now(self._events):
+                self._events.clear()
+                self.ended.clear()  # such a caller says itself which outcomes have arrived
 
     def say(self, parts: Sequence[Buffer]) -> None:
         """Take a packet that belongs to no run."""
@@ -62,18 +72,31 @@ class Listener:
         self._ready.set()
 
     async def take(self, seconds: float) -> list[Sequence[Buffer]]:
-        """Return what waits; after so many seconds without anything a ping."""
-        return await self.take_within(seconds) or [encode_note(PING)]
+        """Return what waits; after so many seconds without anything a ping.
+
+        Meanwhile what ``deliver_now`` can take goes there.
+        """
+        until = time.monotonic() + seconds
+        self._idle = True
+        try:
+            while (rest := until - time.monotonic()) > 0:
+                # It may wake for what was delivered before its turn came.
+                if waiting := await self.take_within(rest):
+                    return waiting
+            return [encode_note(PING)]
+        finally:
+            self._idle = False
 
     async def take_within(self, seconds: float) -> list[Sequence[Buffer]]:
         """Return what waits, or comes within so many seconds."""
         if not self._events and seconds > 0:
             self._ready.clear()
+            # An event that is set in vain costs less than the machinery of a timeout.
+            limit = asyncio.get_running_loop().call_later(seconds, self._ready.set)
             try:
-                async with asyncio.timeout(seconds):
-                    await self._ready.wait()
-            except TimeoutError:
-                pass
+                await self._ready.wait()
+            finally:
+                limit.cancel()
         waiting = list(self._events)
         self._events.clear()
         return waiting
@@ -130,6 +153,7 @@ class Hub:
         self._engine = engine
         self._retention = retention
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._runs: dict[str, _OpenRun] = {}
         self._remembered: OrderedDict[str, None] = OrderedDict()
         self._inbox: deque[tuple[str, str, Sequence[Buffer]]] = deque()
@@ -257,6 +281,12 @@ class Hub:
     # --- events -----------------------------------------------------------------
 
     def _post(self, run_id: str, kind: str, parts: Sequence[Buffer]) -> None:
+        if not self._inbox and threading.get_ident() == self._thread:
+            # As they come from child processes: not past those that another thread has posted.
+            self._event(run_id, kind, parts)
+            if self.draining and not len(self):
+                self._settled.set()
+            return
         # From any thread; however many events come while the loop is busy, it is woken once.
         self._inbox.append((run_id, kind, parts))
         if not self._woken:
@@ -270,7 +300,7 @@ class Hub:
         self._woken = False
         while self._inbox:
             self._event(*self._inbox.popleft())
-        if not len(self):
+        if self.draining and not len(self):
             self._settled.set()
 
     def _event(self, run_id: str, kind: str, parts: Sequence[Buffer]) -> None:
@@ -284,9 +314,10 @@ class Hub:
             run.size = sum(memoryview(part).nbytes for part in parts)
             self._kept += run.size
             self.finished += 1
-            logger.info(
-                "run %s of %s: %s after %.3f s", run_id, run.task_id, kind, time.monotonic() - run.begun
-            )
+            if logger.isEnabledFor(logging.INFO):
+                logger.info(
+                    "run %s of %s: %s after %.3f s", run_id, run.task_id, kind, time.monotonic() - run.begun
+                )
         if run.listener is not None:
             run.listener.put(run_id, kind, parts)
         elif run.outcome is not None and run.abandoned:

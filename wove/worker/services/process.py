@@ -13,7 +13,7 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from wove.exchange import Packet, PacketReader, framed
+from wove.exchange import SMALL_PACKET, Packet, PacketReader, framed
 from wove.worker.context import MAX_MESSAGE
 from wove.worker.services.child import DESCRIPTOR
 
@@ -27,6 +27,7 @@ logger = logging.getLogger("wove.worker")
 #: Bytes read at once, and how often before others have their turn.
 _READ = 256 * 1024
 _TURNS = 16
+_PACKETS = 200
 _MAX_BUFFERS = 256
 #: Seconds between the end of the line and the end of the process, at most.
 _GRACE_SECONDS = 1.0
@@ -89,10 +90,12 @@ class Child:
         self.unsent.extend(memoryview(part).cast("B") for part in framed(parts))
 
     def flush(self) -> None:
-        """Send what waits, as far as it fits."""
-        while self.unsent:
+        """Send what waits, as far as it fits, and others need not wait for their turn."""
+        for _ in range(_TURNS):
+            if not self.unsent:
+                return
             try:
-                sent = self.socket.sendmsg(list(islice(self.unsent, _MAX_BUFFERS)))
+                sent = self.socket.sendmsg(_joined(self.unsent))
             except BlockingIOError:
                 return
             except OSError:
@@ -122,6 +125,8 @@ class Child:
                 packets += [] if done is None else [Packet(done)]
             else:
                 packets += [Packet(raw) for raw in self._reader.feed(self._buffer[:count])]
+            if len(packets) >= _PACKETS or (packets and count < _READ):
+                break  # others have their turn; or there was no more, and the loop says when there is
         self.more = True
         return packets
 
@@ -200,6 +205,14 @@ class Child:
         for pipe in self.pipes:
             pipe.close()
         self.pipes = []
+
+
+def _joined(unsent: deque[memoryview]) -> list[Buffer]:
+    """Return what is to be sent next: small pieces as one, for each costs the system as much as a large one."""
+    pieces: list[Buffer] = list(islice(unsent, _MAX_BUFFERS))
+    if len(pieces) > 1 and all(memoryview(piece).nbytes <= SMALL_PACKET for piece in pieces):
+        return [b"".join(pieces)]
+    return pieces
 
 
 def describe_exit(code: int | None) -> str:

@@ -23,7 +23,7 @@ from wove.wire import pack_message
 from wove.worker.services.process import Child, describe_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from typing_extensions import Buffer
 
@@ -35,7 +35,9 @@ logger = logging.getLogger("wove.worker")
 #: Seconds that a process gets to say that it is ready, and to end when it is told to.
 START_SECONDS = 20.0
 STOP_SECONDS = 2.0
-#: Seconds until a process that died before it was ready is started again; doubled each time.
+#: Pieces that do not wait for more: the process begins with them meanwhile.
+_ENOUGH = 16
+#: Seconds until a process that died before it was ready is started again, by how often that has happened.
 RESTART_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -100,9 +102,18 @@ class ChildProcesses:
         """Run a command; see :meth:`Engine.run`."""
         self.run_parts(packet.run_id, packet.task_id, packet.attempt, [packet.raw], emit)
 
-    def run_parts(self, run_id: str, task_id: str, attempt: int, parts: Sequence[Buffer], emit: Emit) -> None:
-        """Run a command that was encoded in this process."""
-        run = _Sent(task_id, attempt, emit)
+    def run_parts(
+        self,
+        run_id: str,
+        task_id: str,
+        attempt: int,
+        parts: Sequence[Buffer],
+        emit: Emit,
+        *,
+        take: Callable[[Packet], None] | None = None,
+    ) -> None:
+        """Run a command that was encoded in this process; ``take`` gets what the child sends, opened already."""
+        run = _Sent(task_id, attempt, emit, take)
         try:
             child = self._choose()
         except Exception as exc:
@@ -155,10 +166,13 @@ class ChildProcesses:
             child.kill()
 
     def _send(self, child: Child, parts: Sequence[Buffer]) -> None:
-        """Send a packet; what is sent in one turn of the loop leaves together."""
-        if not child.unsent:
-            self._loop.call_soon(self._write, child)
+        """Send a packet; what is sent in one turn of the loop leaves together, unless that would keep it waiting."""
+        first = not child.unsent
         child.put(parts)
+        if first and len(child.runs) > 1:
+            self._loop.call_soon(self._write, child)
+        elif first or len(child.unsent) == _ENOUGH:
+            self._write(child)
 
     def _write(self, child: Child) -> None:
         if child.closed:
@@ -192,13 +206,17 @@ class ChildProcesses:
             child.settled.set()
             self._failures = 0
             return
-        run = child.runs.get(packet.run_id)
+        run_id = packet.envelope.get("run_id")
+        run = child.runs.get(run_id) if type(run_id) is str else None
         if run is None:
             return
         run.seq = packet.envelope.get("seq", run.seq)
         if packet.is_terminal:
             self._ended(child, packet.run_id)
-        run.emit(packet.kind, [packet.raw])
+        if run.take is not None:
+            run.take(packet)
+        else:
+            run.emit(packet.kind, [packet.raw])
 
     def _ended(self, child: Child, run_id: str) -> None:
         child.runs.pop(run_id, None)
@@ -231,7 +249,7 @@ class ChildProcesses:
 
     def _choose(self) -> Child:
         """Return the process with the least to do; an empty place is filled first."""
-        index = min(range(len(self._slots)), key=self._load)
+        index = min(range(len(self._slots)), key=self._load) if len(self._slots) > 1 else 0
         child = self._slots[index]
         if child is not None:
             return child
@@ -372,15 +390,18 @@ def _end_all(children: Sequence[Child]) -> None:
 class _Sent:
     """A run that a process has."""
 
-    __slots__ = ("_logged", "attempt", "emit", "seq", "task_id")
+    __slots__ = ("_logged", "attempt", "emit", "seq", "take", "task_id")
 
     #: Characters of output that are passed on per run.
     MAX_OUTPUT = 16 * 1024 * 1024
 
-    def __init__(self, task_id: str, attempt: int, emit: Emit) -> None:
+    def __init__(
+        self, task_id: str, attempt: int, emit: Emit, take: Callable[[Packet], None] | None = None
+    ) -> None:
         self.task_id = task_id
         self.attempt = attempt
         self.emit = emit
+        self.take = take
         self.seq = 0
         self._logged = 0
 

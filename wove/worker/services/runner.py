@@ -47,6 +47,7 @@ STARTED_SECONDS = 0.03
 OUTCOME_THREADS = 8
 #: Seconds that closing waits for cancelled tasks.
 CLOSE_SECONDS = 1.0
+_NOBODY = threading.Event()
 
 
 class Runner:
@@ -66,15 +67,32 @@ class Runner:
         self.tasks = _TaskLoop()
         self.outcomes = DaemonPool(OUTCOME_THREADS, "wove-outcome")
         self._pool = DaemonPool(threads, "wove-task")
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, Run] = {}
         self._beater = _Beater(self._runs)
 
     def run(self, packet: Packet, emit: Emit) -> None:
         """Run a command; see :meth:`Engine.run`."""
-        run = _Run(self, packet, emit)
+        self.start(self.admit(packet, emit))
+
+    def admit(self, packet: Packet, emit: Emit) -> Run:
+        """Keep a command that somebody is to execute."""
+        run = Run(self, packet, emit)
         self._runs[run.run_id] = run
+        return run
+
+    def start(self, run: Run) -> None:
+        """Execute a run in a thread of the pool."""
         # A context of its own: what a task sets in context variables is not seen by the thread's next one.
         run.future = self._pool.submit(contextvars.Context().run, run.execute)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more callable may run at once."""
+        return self._pool.has_room
+
+    def occupy(self, until: threading.Event) -> None:
+        """Count a callable that runs in a thread which is none of the pool's, until it has ended."""
+        self._pool.submit(until.wait)
 
     def cancel(self, run_id: str) -> None:
         """Cancel a run; see :meth:`Engine.cancel`."""
@@ -82,11 +100,11 @@ class Runner:
         if run is not None:
             run.cancel()
 
-    def begun(self, run: _Run) -> None:
+    def begun(self, run: Run) -> None:
         """Beat for a run from now on."""
         self._beater.watch(run)
 
-    def ended(self, run: _Run) -> None:
+    def ended(self, run: Run) -> None:
         """Forget a run."""
         self._runs.pop(run.run_id, None)
 
@@ -107,7 +125,7 @@ class Runner:
         self.outcomes.close()
 
 
-class _Run:
+class Run:
     """One run, as :class:`wove.worker.execution.Execution`, and as the job it executes."""
 
     def __init__(self, runner: Runner, packet: Packet, emit: Emit) -> None:
@@ -122,6 +140,9 @@ class _Run:
         self.next_beat = 0.0
         self.context = RunContext(self.run_id, self.task_id, self._attempt, self._report)
         self.on_cancel: Callable[[], None] | None = None
+        #: How its callable is described, and what is set at its end where another thread reads on meanwhile.
+        self.described = envelope.get("callable")
+        self.relieved = _NOBODY
         self.worker: dict[str, Any] = runner.worker
         self.future: Future[Any] | None = None
         self._runner = runner
@@ -134,7 +155,7 @@ class _Run:
         self._max_body = limit if type(limit) is int else None
 
     @property
-    def assignment(self) -> _Run:
+    def assignment(self) -> Run:
         """What is to be called: this."""
         return self
 
@@ -170,7 +191,8 @@ class _Run:
         if envelope.get("v") != VERSION:
             raise PayloadRejectedError(
                 f"the command is of version {envelope.get('v')!r} and this worker reads version {VERSION}: "
-                "install the same release of Wove on both sides"
+                "install the same release of Wove on both sides",
+                reason="version",
             )
         described, arguments = envelope.get("callable"), envelope.get("args")
         if self._runner.allow is not None:
@@ -345,17 +367,20 @@ class _TaskLoop:
 class _Beater:
     """One thread that says, for every run, that its task still runs."""
 
-    def __init__(self, runs: dict[str, _Run]) -> None:
+    def __init__(self, runs: dict[str, Run]) -> None:
         self._runs = runs
         self._wake = threading.Condition()
         self._wake_at = float("inf")
         self._thread: threading.Thread | None = None
+        #: Whether a run has begun since the last look.
+        self._watched = False
         self._closed = False
 
-    def watch(self, run: _Run) -> None:
+    def watch(self, run: Run) -> None:
         """Beat for ``run`` until it is no longer among the runs."""
         with self._wake:
             run.next_beat = time.monotonic() + STARTED_SECONDS
+            self._watched = True
             if run.next_beat >= self._wake_at:
                 return
             if self._thread is None:
@@ -381,7 +406,10 @@ class _Beater:
                     except Exception:
                         logger.exception("a beat of run %s could not be sent", run.run_id)
             with self._wake:
-                started = [run.next_beat for run in list(self._runs.values()) if run.next_beat]
-                self._wake_at = min(started, default=now + BEAT_SECONDS)
+                # Where a run has begun others follow: each would wake this thread if it waited for long.
+                soon = now + (STARTED_SECONDS if self._watched else BEAT_SECONDS)
+                self._watched = False
+                due = [run.next_beat for run in list(self._runs.values()) if run.next_beat]
+                self._wake_at = min([soon, *due])
                 if not self._closed:
                     self._wake.wait(max(0.0, self._wake_at - time.monotonic()))

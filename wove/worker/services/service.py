@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wove.exchange import framed
 from wove.network_security import NetworkExecutorSecurity
+from wove.refusals import count_refusal
 from wove.threads import in_thread
 from wove.worker.allowed import AllowList
 from wove.worker.services.engine import DEFAULT_THREADS
@@ -142,6 +143,7 @@ class Service:
         if exc.clock:
             logger.info("a request from %s: %s; it was told the time", peer, exc)
             return
+        count_refusal("command:401")
         now = time.monotonic()
         if now < self._quiet_until:
             self._refused += 1

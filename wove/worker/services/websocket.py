@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import WSMsgType, web
 
+from wove.eager import run_now
 from wove.errors import WoveError
 from wove.exchange import (
     ACK,
@@ -40,8 +42,11 @@ logger = logging.getLogger("wove.worker")
 #: Bytes of the stream in one message of the socket, and the room its signature needs.
 CHUNK = 512 * 1024
 MAX_MESSAGE = CHUNK + 1024
+#: Outcomes up to this size, in bytes, may be sent without a turn of the loop.
+SEND_NOW_BYTES = 16 * 1024
 #: Seconds after which a caller that says nothing, not even that it is there, is gone.
 SILENCE_SECONDS = 60.0
+SILENCE_LOOKS = 4
 
 
 def websocket_application(service: Service | None = None, **options: Any) -> web.Application:
@@ -96,17 +101,35 @@ class _SocketRoutes(Routes):
         hello = encode_note(HELLO, v=VERSION, nonce=nonce, instance=self.service.instance)
         await socket.send_bytes(b"".join([Seal(verified.key, "hello").tag(hello), *hello]))
         key = channel_key(verified.key, nonce.encode())
-        writing = asyncio.create_task(_write(socket, listener, Seal(key, "down")))
+        down = Seal(key, "down")
+        writing = asyncio.create_task(_write(socket, listener, down))
+        listener.deliver_now = partial(_send_now, socket, down, asyncio.get_running_loop())
+        reading = asyncio.create_task(self._read(socket, listener, Seal(key, "up")))
+        listening = asyncio.create_task(self._until_silent(listener))
         try:
-            await self._read(socket, listener, Seal(key, "up"))
+            await asyncio.wait((reading, listening), return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                reading.result()
         finally:
-            writing.cancel()
-            await asyncio.wait((writing,))
+            listener.deliver_now = None
+            for task in (writing, reading, listening):
+                task.cancel()
+            await asyncio.wait((writing, reading, listening))
+
+    async def _until_silent(self, listener: Listener) -> None:
+        # One look now and then: a limit for each message costs as much as the message.
+        quiet = 0
+        while quiet < SILENCE_LOOKS:
+            quiet += 1
+            if listener.heard:
+                listener.heard, quiet = False, 0
+            await asyncio.sleep(SILENCE_SECONDS / SILENCE_LOOKS)
 
     async def _read(self, socket: web.WebSocketResponse, listener: Listener, seal: Seal) -> None:
         reader = PacketReader(self.service.max_request)
         while True:
-            message = await socket.receive(timeout=SILENCE_SECONDS)
+            message = await socket.receive()
+            listener.heard = True
             if message.type is not WSMsgType.BINARY:
                 return
             for raw in reader.feed(seal.open(memoryview(message.data))):
@@ -133,6 +156,24 @@ async def _write(socket: web.WebSocketResponse, listener: Listener, seal: Seal) 
     except (ConnectionError, RuntimeError) as exc:
         # The reading side notices, too, and cleans up.
         logger.debug("a socket could not be written to: %s", exc)
+
+
+def _send_now(
+    socket: web.WebSocketResponse,
+    seal: Seal,
+    loop: asyncio.AbstractEventLoop,
+    packets: Sequence[Sequence[Buffer]],
+) -> bool:
+    """Send what is small without a turn of the loop; tell whether it was."""
+    if sum(memoryview(part).nbytes for parts in packets for part in parts) > SEND_NOW_BYTES:
+        return False
+    chunk = b"".join([piece for parts in packets for piece in framed(parts)])
+    try:
+        run_now(socket.send_bytes(seal.tag([chunk]) + chunk), loop)
+    except Exception as exc:
+        # The reading side notices, too, and cleans up; the outcome is kept for the next socket.
+        logger.debug("a socket could not be written to: %s", exc)
+    return True
 
 
 async def send_packets(socket: Any, packets: Sequence[Sequence[Buffer]], seal: Seal) -> None:
