@@ -67,6 +67,13 @@ class BackendAdapter(ABC):
     #: Whether the backend can call a URL when a job fails: then frames carry ``failure_webhook``.
     takes_failure_webhook: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let an adapter that changes how another one submits be asked the way it has changed."""
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if ("submit" in own or "submit_many" in own) and "submit_blocking" not in own:
+            cls.submits_blocking = False
+
     def __init__(
         self, *, name: str, config: Mapping[str, Any], callback_url: str, run_config: Mapping[str, Any]
     ) -> None:

@@ -69,8 +69,17 @@ def check_modules(name: str, modules: Iterable[str], install_hint: str) -> None:
         raise MissingDispatchFeatureError(f"the {name} executor needs {', '.join(missing)}: {command}")
 
 
+#: Modules that were found: what is installed stays so while this process runs.
+_found: set[str] = set()
+
+
 def _installed(module: str) -> bool:
+    if module in _found:
+        return True
     try:
-        return find_spec(module) is not None
+        if find_spec(module) is None:
+            return False
     except (ImportError, ValueError):
         return False
+    _found.add(module)
+    return True

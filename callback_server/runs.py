@@ -38,6 +38,10 @@ BEGUN_SECONDS = 0.02
 MAX_EXECUTIONS = 64
 
 
+#: What is known of no worker; replaced, and never changed.
+_NOBODY: dict[str, Any] = {}
+
+
 class Execution:
     """One execution of a run, as far as it was heard of.
 
@@ -143,10 +147,10 @@ class OpenRun:
         #: The id by which the backend knows the attempt.
         self.job = run_id if attempt == 1 else f"{run_id}-{attempt}"
         #: What the last worker that spoke of it said of itself.
-        self.worker: dict[str, Any] = {}
+        self.worker: dict[str, Any] = _NOBODY
         self.executions: dict[str, Execution] = {}
         #: Set when the run is cancelled or closed: wakes the beats that are held for it.
-        self.watchers: set[asyncio.Event] = set()
+        self.watchers: dict[asyncio.Event, None] = {}
         self._keys: dict[str, bytes] = {}
 
     @property

@@ -243,7 +243,7 @@ class Dispatcher:
         """Return ``func`` as several calls may share it; None where the executor has no use for that."""
         return SharedCallable(func) if self.executor.takes_shared else None
 
-    async def call(
+    def call(
         self,
         func: Callable[..., Any],
         positional: Sequence[Any],
@@ -253,8 +253,10 @@ class Dispatcher:
         settings: Mapping[str, Any] | None = None,
         on_progress: OnProgress | None = None,
         shared: SharedCallable | None = None,
-    ) -> Any:
-        """Run ``func`` in the environment and return its result.
+    ) -> Coroutine[Any, Any, Any]:
+        """Run ``func`` in the environment; what is returned is to be awaited, and returns its result.
+
+        Not a coroutine function itself: each one more in the chain is memory that a run in flight holds.
 
         Raises:
             Exception: what the function raised, with the remote traceback as its cause.
@@ -271,10 +273,12 @@ class Dispatcher:
                 f"a task's name is a string of at most {MAX_TASK_ID} characters; got {task_id!r:.100}"
             )
         if policy.idempotency_key is None:
-            return await self._in_slot(func, positional, keywords, task_id, policy, on_progress, None, shared)
+            if self._slots is None:
+                return self._call(func, positional, keywords, task_id, policy, on_progress, None, shared)
+            return self._in_slot(func, positional, keywords, task_id, policy, on_progress, None, shared)
         self._check_usable()
         key = sharing_key(policy.idempotency_key, func, positional, keywords)
-        return await self._shared.call(
+        return self._shared.call(
             key,
             func,
             lambda report: self._in_slot(func, positional, keywords, task_id, policy, report, key, shared),

@@ -11,6 +11,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Coroutine,
     Iterable,
     Mapping,
 )
@@ -103,16 +104,16 @@ class EnvironmentHandle:
             DeliveryTimeoutError: a delivery deadline passed.
             EncodeError: an argument cannot be sent; nothing was submitted.
         """
-        return await self._run(func, args, kwargs)
+        return await self._call(func, args, kwargs)
 
-    async def _run(
+    def _call(
         self,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         shared: SharedCallable | None = None,
-    ) -> Any:
-        return await self._dispatcher.call(
+    ) -> Coroutine[Any, Any, Any]:
+        return self._dispatcher.call(
             func, args, kwargs, settings=self._settings or None, on_progress=self._on_progress, shared=shared
         )
 
@@ -195,7 +196,7 @@ class EnvironmentHandle:
         if dispatcher.begins(policy):
             name = callable_name(func)
             return lambda item: dispatcher.begin(func, item, policy, on_progress, name, shared)
-        return lambda item: self._run(func, (item,), {}, shared)
+        return lambda item: self._call(func, (item,), {}, shared)
 
 
 class _Window:
