@@ -151,7 +151,7 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         max_body = _whole(config, "callback_max_body", DEFAULT_MAX_BODY, 1)
         plain = not flag(config, "pickle", True)
         expires = _expiry(config)
-        self._batching = Batching.read(config)
+        self._batching = Batching.read(config, plain=plain)
         lease = self._listen(config, ring)
         terms = Terms(
             self._environment,

@@ -54,8 +54,13 @@ class Batching:
         self._lock = threading.Lock()
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> Batching:
+    def read(cls, config: Mapping[str, Any], *, plain: bool) -> Batching:
         """Read ``executor_config["batch"]``.
+
+        Args:
+            config: the ``executor_config``.
+            plain: whether only plain data is sent: then workers may not be Python, and know single runs only,
+                unless somebody says otherwise.
 
         Raises:
             ConfigurationError: it is neither ``"auto"`` nor a usable number.
@@ -66,7 +71,7 @@ class Batching:
                 f'executor_config["batch"] is "auto", or how many runs travel in one message, from 1 to {MAX_RUNS}; '
                 f"got {mode!r}"
             )
-        return cls(mode)
+        return cls(1 if mode is None and plain else mode)
 
     def takes(self, frame: Frame) -> bool:
         """Tell whether a run may travel with others."""

@@ -136,9 +136,9 @@ class ChaosFleet:
         celery = {"broker_url": self.celery_broker.url, **common}
         rq = {"redis_url": self.rq_broker.url, "queue_name": RQ, **common}
         every = {
-            PREFORK: {"executor": "celery", "executor_config": {**celery, "queue": PREFORK}},
-            THREADS: {"executor": "celery", "executor_config": {**celery, "queue": THREADS}},
-            RQ: {"executor": "rq", "executor_config": rq},
+            PREFORK: {"executor": "celery", "executor_config": {**celery, "queue": PREFORK, "batch": "auto"}},
+            THREADS: {"executor": "celery", "executor_config": {**celery, "queue": THREADS, "batch": 8}},
+            RQ: {"executor": "rq", "executor_config": {**rq, "batch": "auto"}},
         }
         served = {slot.environment for slot in self.slots}
         return {name: definition for name, definition in every.items() if name in served}

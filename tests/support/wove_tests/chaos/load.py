@@ -61,6 +61,18 @@ def _long(pick: random.Random) -> Job:
     return Job("long", func, (pick.randrange(1_000), seconds), seconds, 24.0)
 
 
+def _burst(pick: random.Random) -> list[Job]:
+    """Return calls of one function that are made at once, and so travel together."""
+    luck, count = pick.random(), pick.randint(4, 24)
+    if luck < 0.2:
+        return [Job("fail", tasks.fail, (pick.randrange(1_000),), 0.0, 12.0) for _ in range(count)]
+    if luck < 0.5:
+        func = pick.choice([tasks.sleep, tasks.sleep_async])
+        lengths = [pick.choice([0.002, 0.01, 0.05, 0.3]) for _ in range(count)]
+        return [Job("medium", func, (pick.randrange(1_000), length), length, 16.0) for length in lengths]
+    return [Job("noop", tasks.noop, (pick.randrange(1_000),), 0.0, 12.0) for _ in range(count)]
+
+
 #: How many callers of each sort an environment has, at once.
 CALLERS: dict[str, tuple[tuple[Callable[[random.Random], Job], int], ...]] = {
     RQ: ((_short, 4), (_medium, 1), (_long, 1)),
@@ -116,7 +128,28 @@ class Load:
                 for number in range(count):
                     pick = random.Random(f"{self._seed} {name} {sort.__name__} {number}")
                     callers.append(self._caller(handle, sort, pick))
+            callers.append(self._burst_caller(handle, random.Random(f"{self._seed} {name} burst")))
         await asyncio.gather(*callers)
+
+    async def _burst_caller(self, handle: EnvironmentHandle, pick: random.Random) -> None:
+        while not self.enough.is_set():
+            jobs = _burst(pick)
+            settings: dict[str, Any] = {"delivery_timeout": jobs[0].deadline}
+            if pick.random() < RETRIED and self._retries:
+                settings["delivery_retries"] = RETRIES
+            calls = []
+            for job in jobs:
+                key = next(self._keys)
+                call = Call(key, handle.name, job.kind, _expected(job, key), 0.0, job.deadline, settings)
+                leaves = pick.uniform(0.0, job.seconds * 1.3 + 0.05) if pick.random() < CANCELLED else None
+                if leaves is not None:
+                    call.cancel_mode, call.cancel_timeout = (
+                        pick.choice(["best_effort", "require_ack"]),
+                        CANCEL_SECONDS,
+                    )
+                calls.append(self._follow(call, handle, job, leaves))
+            await asyncio.gather(*calls)
+            await asyncio.sleep(pick.uniform(0.0, 0.2))
 
     async def _caller(
         self, handle: EnvironmentHandle, sort: Callable[[random.Random], Job], pick: random.Random
