@@ -123,9 +123,9 @@ async def test_one_that_waits_is_cancelled_and_never_starts(
     assert isinstance(outcomes[4], asyncio.CancelledError)
 
 
+# One RQ worker is one slot: there is nobody to give them to.
+@pytest.mark.parametrize("name", ["celery-prefork"], indirect=True)
 async def test_those_behind_a_long_one_are_given_back(handle: EnvironmentHandle, tmp_path: Path) -> None:
-    if "rq" in handle._dispatcher.executor.name:  # type: ignore[attr-defined]
-        pytest.skip("one RQ worker is one slot: there is nobody to give them to")
     log, release = str(tmp_path / "log"), tmp_path / "release"
     calls = [
         asyncio.ensure_future(handle.run(deeds.first_holds, log, str(release), n)) for n in range(TOGETHER)
