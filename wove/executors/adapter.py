@@ -284,13 +284,19 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
         adapter, lane, lease, outbox = self._adapter, self._lane, self._lease, self._outbox
         if adapter is None or lane is None or lease is None or outbox is None:
             return
-        outbox.recall(run_id)
         batch = lease.batch_of(run_id)
-        if batch is not None:
+        if outbox.recall(run_id):
+            self._acknowledge_cancel(frame)  # it never left
+        elif batch is not None:
             await self._cancel_member(run_id, batch, frame, lane)
-            return
+        else:
+            await self._cancel_alone(frame, adapter, lane, lease, outbox.take(run_id))
+
+    async def _cancel_alone(
+        self, frame: Frame, adapter: BackendAdapter, lane: Lane, lease: Lease, submission: Any
+    ) -> None:
+        run_id = frame["run_id"]
         frame = {**frame, "started": lease.has_started(run_id)}
-        submission = outbox.take(run_id)
         known = lease.find(run_id)
         if submission is None and known is not None and adapter.is_shared(known.job):
             submission = known.job  # a lost run: nobody waits for it, others may for its job

@@ -114,12 +114,14 @@ class Terms:
 class Waiting:
     """A run on its way to the adapter."""
 
-    __slots__ = ("cancelled", "done", "frame")
+    __slots__ = ("cancelled", "done", "drawn", "frame")
 
     def __init__(self, frame: Frame, done: Done) -> None:
         self.frame = frame
         self.done = done
         self.cancelled = False
+        #: It is being handed over.
+        self.drawn = False
 
 
 class Parcel:
@@ -182,6 +184,7 @@ class Outbox:
         self._timer: asyncio.TimerHandle | None = None
         #: Runs that were not handed over yet, to find those that are cancelled meanwhile.
         self._on_the_way: dict[str, Waiting] = {}
+        self._recalled = False
         self._flushing: asyncio.Task[None] | None = None
         self._stopped = False
         #: Runs that were sent and have no outcome yet, with what the adapter knows them by.
@@ -241,11 +244,19 @@ class Outbox:
             self.recall(frame["run_id"])
             raise
 
-    def recall(self, run_id: str) -> None:
-        """A run that was not handed over yet is not wanted any more."""
+    def recall(self, run_id: str) -> bool:
+        """A run that was not handed over yet is not wanted any more; tell whether it surely never starts."""
         waiting = self._on_the_way.get(run_id)
-        if waiting is not None:
-            waiting.cancelled = True
+        if waiting is None:
+            return False
+        waiting.cancelled = True
+        delivery = waiting.frame["delivery"]
+        if waiting.drawn or delivery.get("attempt", 1) > 1 or delivery.get("repeated"):
+            return False
+        self._recalled = True
+        del self._on_the_way[run_id]
+        self._open.pop(run_id, None)
+        return True
 
     def ended(self, run_id: str) -> None:
         """A run has its outcome."""
@@ -320,11 +331,14 @@ class Outbox:
 
     async def _flush(self) -> None:
         while not self._stopped:
+            self._forget_recalled()
             alone, self._waiting = self._waiting[:MAX_TOGETHER], self._waiting[MAX_TOGETHER:]
             together = self._draw()
             if not alone and not together:
                 return
             everybody = [*alone, *chain.from_iterable(together)]
+            for waiting in everybody:
+                waiting.drawn = True
             try:
                 parcels = await self._hand_over(alone, together)
             except Exception as exc:
@@ -336,6 +350,17 @@ class Outbox:
             self._recount(together, parcels)
             for parcel in parcels:
                 self._settle(parcel)
+
+    def _forget_recalled(self) -> None:
+        """Drop the runs that were cancelled while they waited here."""
+        if not self._recalled:
+            return
+        self._recalled = False
+        self._waiting = [waiting for waiting in self._waiting if waiting.frame["run_id"] in self._on_the_way]
+        for kind, held in tuple(self._held.items()):
+            self._held[kind] = deque(w for w in held if w.frame["run_id"] in self._on_the_way)
+            if not self._held[kind]:
+                del self._held[kind], self._held_since[kind]
 
     def _recount(self, together: list[list[Waiting]], parcels: list[Parcel]) -> None:
         """Correct how many messages are on their way: runs turned out to be large, or to be cancelled."""
