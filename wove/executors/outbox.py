@@ -69,6 +69,7 @@ class Adapter(Protocol):
 class KnownRun(WatchedRun, Protocol):
     """What the callback server knows of a run; see ``wove.callback_server.runs.OpenRun``."""
 
+    task_id: str
     nonce: bytes
     message: list[Buffer] | None
 
@@ -349,7 +350,12 @@ class Outbox:
         for kind, held in tuple(self._held.items()):
             waited = now - self._held_since[kind]
             plan = self._batching.plan(
-                kind[1], len(held), self._messages[kind[1]], len(self._open), waited, self._count_unstarted
+                kind[1],
+                len(held),
+                self._messages[kind[1]],
+                len(self._open),
+                waited,
+                partial(self._count_unstarted, kind[1]),
             )
             messages.extend([held.popleft() for _ in range(length)] for length in plan)
             self._messages[kind[1]] += len(plan)
@@ -362,9 +368,10 @@ class Outbox:
             self._timer = self._loop.call_later(LINGER_SECONDS, self._start_flushing)
         return messages
 
-    def _count_unstarted(self) -> int:
+    def _count_unstarted(self, task_id: str) -> int:
+        # Those of other callables do not count: a map that keeps the fleet busy would hold up all others.
         known = (self._lease.find(batch) for batch in tuple(self._wanted))
-        return sum(1 for batch in known if batch is not None and not batch.started)
+        return sum(1 for run in known if run is not None and run.task_id == task_id and not run.started)
 
     async def _hand_over(self, alone: list[Waiting], together: list[list[Waiting]]) -> list[Parcel]:
         """Encode, sign and submit, in other threads: a large argument, or a slow broker, holds up no loop."""
