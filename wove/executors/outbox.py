@@ -256,6 +256,8 @@ class Outbox:
 
     def take(self, run_id: str) -> Any:
         """Forget a run and return what the adapter knows it by."""
+        # Should its worker have given it back this moment, it is not submitted again.
+        self._let_go(run_id)
         return self._open.pop(run_id, None)
 
     def set(self, run_id: str, submission: Any) -> None:
