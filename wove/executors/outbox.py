@@ -605,13 +605,11 @@ class Outbox:
         if known is not None:
             self._opened(known, result)
         for waiting in parcel.members:
+            # What the adapter knows the batch by is none of theirs: who cancels one must not revoke the others.
             if waiting.cancelled:
-                self.on_late_cancel(waiting.frame, result)
-                continue
-            run_id = waiting.frame["run_id"]
-            if run_id in self._open:  # its outcome may have been faster
-                self._open[run_id] = result
-            waiting.done(None)
+                self.on_late_cancel(waiting.frame, None)
+            else:
+                waiting.done(None)
 
     def _settle_run(self, waiting: Waiting, result: Any) -> None:
         run_id = waiting.frame["run_id"]
