@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     #: Called in the caller's loop with what refused a run, or None.
     Done = Callable[[BaseException | None], None]
     #: The callable, its name, and what is said of the delivery: what the runs of a batch have in common.
-    _Kind = tuple[int, str, int]
+    _Kind = tuple[int, str, int, int]
 
 logger = logging.getLogger("wove.executors")
 
@@ -89,6 +89,9 @@ class Listener(Protocol):
 
     def open_batch(self, **settings: Any) -> None:
         """Take events for a batch and its members."""
+
+    def batch_of(self, run_id: str) -> Any:
+        """Return the batch in which an open run travels."""
 
     def renew_run(
         self, run: Any, attempt: int, message: list[Buffer] | None, part: Part | None = None
@@ -205,7 +208,8 @@ class Outbox:
         self._on_the_way[run_id] = waiting
         self._open[run_id] = None
         if self._batching.takes(frame):
-            kind = (id(frame["callable"]), frame["task_id"], id(frame["delivery"]))
+            # Each map has encoded the callable as it was at its own first run.
+            kind = (id(frame["callable"]), frame["task_id"], id(frame["delivery"]), id(frame.get("shared")))
             held = self._held.get(kind)
             if held is None:
                 held = self._held[kind] = deque()
@@ -620,6 +624,10 @@ class Outbox:
             refused, result = False, result.submission
         # A run that is submitted again keeps its place, and what is said of this attempt is known.
         again = waiting.frame["delivery"].get("again") and isinstance(result, SubmitError)
+        if again and result.maybe_accepted and self._lease.batch_of(run_id) is not None:
+            # A copy of a run that the batch may hold as well would be taken for another execution of that: a new
+            # attempt leaves the batch, whose worker, if there is one, hears of it.
+            result = SubmitError(str(result))
         if refused and self._members:
             self._let_go(run_id)
         if refused and not again:
