@@ -83,9 +83,10 @@ def frame_of(run_id: str, *, again: bool = False) -> frames.Frame:
 def make(listener: Listener, channel: Channel) -> Outbox:
     terms = Terms("reports", None, "http://here", 1, None, plain=False, webhook=False)  # type: ignore[arg-type]
     nobody: Any = None
+    opened_at: Any = listener
     sink: Any = channel
     watcher: Any = Watcher()
-    return Outbox(terms, nobody, nobody, listener, sink, watcher, Batching(None))
+    return Outbox(terms, nobody, nobody, opened_at, sink, watcher, Batching(None))
 
 
 def travelling(outbox: Outbox, listener: Listener, *, again: bool = False) -> tuple[Parcel, list[Any]]:
