@@ -118,8 +118,8 @@ class _Look:
         #: How often in a row the backend said that it is over.
         self.over = 0
         self.busy = False
-        #: Whether an outcome was taken that was left with the backend.
-        self.collected = False
+        #: The hash of the outcome that was taken which was left with the backend; a retry may leave another.
+        self.collected: int | None = None
         #: When the worker had last spoken, as far as the words of the backend are concerned.
         self.last_contact = 0.0
 
@@ -317,8 +317,8 @@ class Watch:
         if run.obituary is not None:
             # The backend itself has said that it is over; an outcome may lie there all the same.
             obituary = run.obituary
-            left = None if state is None else state.outcome
-            collected = left is not None and await self._collect(run, left)
+            said = None if state is None else state.outcome
+            collected = said is not None and await self._collect(run, said)
             if collected and (run.closed or run.attempt != look.attempt):
                 return
             self._lose(run, obituary)
@@ -333,8 +333,9 @@ class Watch:
         if state is None:
             return
         # What was left for a batch need not speak of all of its runs: the others are not waited for.
-        if state.outcome is not None and not look.collected and await self._collect(run, state.outcome):
-            look.collected = True
+        left = state.outcome if state.outcome is not None and hash(state.outcome) != look.collected else None
+        if left is not None and await self._collect(run, left):
+            look.collected = hash(left)
             look.next_at = now + UNSTARTED[-1]
         elif state.state in _OVER:
             self._over(run, look, state.detail or state.state, now)
