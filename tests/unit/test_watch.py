@@ -634,6 +634,31 @@ class TestParkedOutcomes:
         assert (len(backend.parked), len(backend.asked)) == (1, 2)
         await watch.stop()
 
+    @jumping
+    async def test_runs_of_a_batch_of_which_it_does_not_speak_are_lost(
+        self, clock: Clock, backend: Backend, run: Run
+    ) -> None:
+        backend.says(BackendState("done", outcome=b"of the others"))
+        watch = watching(backend)
+        watch.opened(run)
+        await pass_time(120)
+        assert len(backend.parked) == 1
+        assert [frame["type"] for _, frame in run.told] == [frames.TASK_ERROR]
+        await watch.stop()
+
+    @jumping
+    async def test_also_when_the_backend_itself_has_said_that_it_failed(
+        self, clock: Clock, backend: Backend, run: Run
+    ) -> None:
+        backend.says(BackendState("failed", outcome=b"of the others"))
+        watch = watching(backend)
+        run.obituary = {"kind": "WorkerLost", "message": "failed", "source": "backend"}
+        watch.suspect(run)
+        await pass_time(5)
+        assert len(backend.parked) == 1
+        assert [frame["type"] for _, frame in run.told] == [frames.TASK_ERROR]
+        await watch.stop()
+
     @pytest.mark.parametrize(("state", "kinds"), [("unknown", []), ("done", [frames.TASK_ERROR])])
     @jumping
     async def test_one_that_cannot_be_taken_counts_for_nothing(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     #: Called in the caller's loop with what refused a run, or None.
     Done = Callable[[BaseException | None], None]
     #: The callable, its name, and what is said of the delivery: what the runs of a batch have in common.
-    _Kind = tuple[int, str, int]
+    _Kind = tuple[int, str, int, int]
 
 logger = logging.getLogger("wove.executors")
 
@@ -69,6 +69,7 @@ class Adapter(Protocol):
 class KnownRun(WatchedRun, Protocol):
     """What the callback server knows of a run; see ``wove.callback_server.runs.OpenRun``."""
 
+    task_id: str
     nonce: bytes
     message: list[Buffer] | None
 
@@ -88,6 +89,9 @@ class Listener(Protocol):
 
     def open_batch(self, **settings: Any) -> None:
         """Take events for a batch and its members."""
+
+    def batch_of(self, run_id: str) -> Any:
+        """Return the batch in which an open run travels."""
 
     def renew_run(
         self, run: Any, attempt: int, message: list[Buffer] | None, part: Part | None = None
@@ -207,7 +211,8 @@ class Outbox:
         self._on_the_way[run_id] = waiting
         self._open[run_id] = None
         if self._batching.takes(frame):
-            kind = (id(frame["callable"]), frame["task_id"], id(frame["delivery"]))
+            # Each map has encoded the callable as it was at its own first run.
+            kind = (id(frame["callable"]), frame["task_id"], id(frame["delivery"]), id(frame.get("shared")))
             held = self._held.get(kind)
             if held is None:
                 held = self._held[kind] = deque()
@@ -266,6 +271,8 @@ class Outbox:
 
     def take(self, run_id: str) -> Any:
         """Forget a run and return what the adapter knows it by."""
+        # Should its worker have given it back this moment, it is not submitted again.
+        self._let_go(run_id)
         return self._open.pop(run_id, None)
 
     def set(self, run_id: str, submission: Any) -> None:
@@ -374,7 +381,12 @@ class Outbox:
         for kind, held in tuple(self._held.items()):
             waited = now - self._held_since[kind]
             plan = self._batching.plan(
-                kind[1], len(held), self._messages[kind[1]], len(self._open), waited, self._count_unstarted
+                kind[1],
+                len(held),
+                self._messages[kind[1]],
+                len(self._open),
+                waited,
+                partial(self._count_unstarted, kind[1]),
             )
             messages.extend([held.popleft() for _ in range(length)] for length in plan)
             self._messages[kind[1]] += len(plan)
@@ -387,9 +399,10 @@ class Outbox:
             self._timer = self._loop.call_later(LINGER_SECONDS, self._start_flushing)
         return messages
 
-    def _count_unstarted(self) -> int:
+    def _count_unstarted(self, task_id: str) -> int:
+        # Those of other callables do not count: a map that keeps the fleet busy would hold up all others.
         known = (self._lease.find(batch) for batch in tuple(self._wanted))
-        return sum(1 for batch in known if batch is not None and not batch.started)
+        return sum(1 for run in known if run is not None and run.task_id == task_id and not run.started)
 
     async def _hand_over(self, alone: list[Waiting], together: list[list[Waiting]]) -> list[Parcel]:
         """Encode, sign and submit, in other threads: a large argument, or a slow broker, holds up no loop."""
@@ -621,13 +634,11 @@ class Outbox:
         if known is not None:
             self._opened(known, result)
         for waiting in parcel.members:
+            # What the adapter knows the batch by is none of theirs: who cancels one must not revoke the others.
             if waiting.cancelled:
-                self.on_late_cancel(waiting.frame, result)
-                continue
-            run_id = waiting.frame["run_id"]
-            if run_id in self._open:  # its outcome may have been faster
-                self._open[run_id] = result
-            waiting.done(None)
+                self.on_late_cancel(waiting.frame, None)
+            else:
+                waiting.done(None)
 
     def _settle_run(self, waiting: Waiting, result: Any) -> None:
         run_id = waiting.frame["run_id"]
@@ -638,6 +649,10 @@ class Outbox:
             refused, result = False, result.submission
         # A run that is submitted again keeps its place, and what is said of this attempt is known.
         again = waiting.frame["delivery"].get("again") and isinstance(result, SubmitError)
+        if again and result.maybe_accepted and self._lease.batch_of(run_id) is not None:
+            # A copy of a run that the batch may hold as well would be taken for another execution of that: a new
+            # attempt leaves the batch, whose worker, if there is one, hears of it.
+            result = SubmitError(str(result))
         if refused and self._members:
             self._let_go(run_id)
         if refused and not again:

@@ -109,7 +109,7 @@ class Verdict(Protocol):
 class _Look:
     """What was found out about one attempt of a run so far."""
 
-    __slots__ = ("attempt", "busy", "count", "last_contact", "next_at", "over")
+    __slots__ = ("attempt", "busy", "collected", "count", "last_contact", "next_at", "over")
 
     def __init__(self, attempt: int) -> None:
         self.attempt = attempt
@@ -118,6 +118,8 @@ class _Look:
         #: How often in a row the backend said that it is over.
         self.over = 0
         self.busy = False
+        #: The hash of the outcome that was taken which was left with the backend; a retry may leave another.
+        self.collected: int | None = None
         #: When the worker had last spoken, as far as the words of the backend are concerned.
         self.last_contact = 0.0
 
@@ -314,8 +316,12 @@ class Watch:
         look.next_at = now + _pause(run, look.count)
         if run.obituary is not None:
             # The backend itself has said that it is over; an outcome may lie there all the same.
-            if state is None or state.outcome is None or not await self._collect(run, state.outcome):
-                self._lose(run, run.obituary)
+            obituary = run.obituary
+            said = None if state is None else state.outcome
+            collected = said is not None and await self._collect(run, said)
+            if collected and (run.closed or run.attempt != look.attempt):
+                return
+            self._lose(run, obituary)
             return
         if run.started and run.last_contact > asked_at:
             # It has spoken meanwhile: what the backend said before is void.
@@ -326,7 +332,10 @@ class Watch:
             look.last_contact = run.last_contact
         if state is None:
             return
-        if state.outcome is not None and await self._collect(run, state.outcome):
+        # What was left for a batch need not speak of all of its runs: the others are not waited for.
+        left = state.outcome if state.outcome is not None and hash(state.outcome) != look.collected else None
+        if left is not None and await self._collect(run, left):
+            look.collected = hash(left)
             look.next_at = now + UNSTARTED[-1]
         elif state.state in _OVER:
             self._over(run, look, state.detail or state.state, now)

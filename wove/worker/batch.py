@@ -158,9 +158,16 @@ class BatchSession(Session):
 
     def add_result(self, place: int, run_id: str, result: Any) -> None:
         """Keep a result to be delivered with others; a large one is delivered at once."""
-        found = encode_small(result)
+        try:
+            found = encode_small(result)
+        except BaseException as exc:
+            # Its pickling exits: that ends this process, and is said of this run.
+            self.add_error(place, run_id, exc, source="worker")
+            raise
         if found is None or (self.assignment.plain and found[0] == "pickle"):
-            self._alone(run_id).succeed(result)
+            alone = self._alone(run_id)
+            alone.succeed(result)
+            self._explain_parked(place, alone)
             return
         with self._lock:
             self._add(place, *found)
@@ -175,8 +182,22 @@ class BatchSession(Session):
             described, attachments = [], []
         data = b"".join(pack_message({"error": error, "exception": described}, attachments))
         if len(data) > MAX_VALUE:
-            self._alone(run_id).fail(exc, source=source)
+            alone = self._alone(run_id)
+            alone.fail(exc, source=source)
+            self._explain_parked(place, alone)
             return
+        with self._lock:
+            self._add(place, ERROR, data)
+
+    def _explain_parked(self, place: int, alone: Session) -> None:
+        """What nobody took has no place with the backend beside the batch's own outcomes: say so among those."""
+        if alone.parked is None:
+            return
+        error = EncodeError(
+            f"the outcome has {len(alone.parked)} bytes; it could not be delivered, and is too large to be kept by the "
+            "backend with those of the runs that travelled with it"
+        )
+        data = b"".join(pack_message({"error": normalize_exception(error, source="worker")}, []))
         with self._lock:
             self._add(place, ERROR, data)
 

@@ -1,0 +1,155 @@
+"""Runs that travel together, as the outbox keeps account of them; no thread sends anything here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from wove import frames
+from wove.errors import SubmitError
+from wove.executors.batching import Batching
+from wove.executors.outbox import Outbox, Parcel, Terms, Waiting
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+A, B = "a" * 32, "b" * 32
+BATCH = "c" * 32
+
+
+@dataclass
+class Known:
+    """What the listener knows of a batch."""
+
+    task_id: str
+    started: bool = False
+    attempt: int = 1
+    job: str = BATCH
+    doubtful: bool = False
+    opened_at: float = 0.0
+
+
+@dataclass
+class Listener:
+    """Knows what the test opened."""
+
+    runs: dict[str, Known] = field(default_factory=dict)
+    batches: dict[str, str] = field(default_factory=dict)
+    closed: list[str] = field(default_factory=list)
+    withdrawn: int = 0
+
+    def find(self, run_id: str) -> Any:
+        return self.runs.get(run_id)
+
+    def batch_of(self, run_id: str) -> Any:
+        return self.batches.get(run_id)
+
+    def close_run(self, run_id: str) -> None:
+        self.closed.append(run_id)
+
+
+@dataclass
+class Channel:
+    """Keeps what it is told."""
+
+    told: list[frames.Frame] = field(default_factory=list)
+
+    def put(self, batch: Iterable[frames.Frame]) -> bool:
+        self.told.extend(batch)
+        return True
+
+
+class Watcher:
+    def opened(self, run: Any) -> None:
+        """A run was handed over."""
+
+
+def task() -> None:
+    """Is called by nobody."""
+
+
+def frame_of(run_id: str, *, again: bool = False) -> frames.Frame:
+    delivery = {"attempt": 1, "again": again, "mapped": True}
+    return {
+        "type": frames.RUN_TASK,
+        "run_id": run_id,
+        "task_id": "task",
+        "callable": task,
+        "args": {},
+        "delivery": delivery,
+    }
+
+
+def make(listener: Listener, channel: Channel) -> Outbox:
+    terms = Terms("reports", None, "http://here", 1, None, plain=False, webhook=False)  # type: ignore[arg-type]
+    nobody: Any = None
+    opened_at: Any = listener
+    sink: Any = channel
+    watcher: Any = Watcher()
+    return Outbox(terms, nobody, nobody, opened_at, sink, watcher, Batching(None))
+
+
+def travelling(outbox: Outbox, listener: Listener, *, again: bool = False) -> tuple[Parcel, list[Any]]:
+    """Let two runs be on their way in one batch; return the parcel, and what their callers hear."""
+    heard: list[Any] = []
+    members = [Waiting(frame_of(run_id, again=again), heard.append) for run_id in (A, B)]
+    listener.runs[BATCH] = Known("task")
+    for member in members:
+        run_id = member.frame["run_id"]
+        outbox.set(run_id, None)
+        outbox._on_the_way[run_id] = member
+        outbox._members[run_id] = member.frame, BATCH
+        listener.runs[run_id] = Known("task")
+        listener.batches[run_id] = BATCH
+    outbox._wanted[BATCH] = 2
+    outbox._messages["task"] = 1
+    return Parcel(members, {**members[0].frame, "run_id": BATCH}, together=True), heard
+
+
+async def test_messages_of_other_callables_that_wait_for_a_worker_hold_up_nobody() -> None:
+    listener = Listener({str(n): Known("busy") for n in range(20)} | {BATCH: Known("task")})
+    outbox = make(listener, Channel())
+    outbox._wanted.update(dict.fromkeys(listener.runs, 1))
+    assert outbox._count_unstarted("task") == 1
+    outbox.stop()
+
+
+async def test_the_message_of_a_batch_is_not_what_its_runs_are_known_by() -> None:
+    listener = Listener()
+    outbox = make(listener, Channel())
+    parcel, heard = travelling(outbox, listener)
+    late: list[tuple[str, Any]] = []
+    outbox.on_late_cancel = lambda frame, result: late.append((frame["run_id"], result))
+    outbox.recall(A)
+    parcel.result = BATCH
+    outbox._settle(parcel)
+    assert late == [(A, None)]
+    assert heard == [None]
+    assert outbox.take(B) is None
+    outbox.stop()
+
+
+async def test_a_run_that_is_cancelled_while_it_is_given_back_is_not_submitted_again() -> None:
+    listener, channel = Listener(), Channel()
+    outbox = make(listener, channel)
+    parcel, _ = travelling(outbox, listener)
+    parcel.result = BATCH
+    outbox._settle(parcel)
+    outbox.take(A)
+    outbox.take_back(A, "task")
+    assert [frame["type"] for frame in channel.told] == [frames.TASK_CANCELLED]
+    assert A not in outbox._on_the_way
+    outbox.stop()
+
+
+async def test_runs_of_a_batch_that_may_have_been_accepted_are_made_anew() -> None:
+    listener = Listener()
+    outbox = make(listener, Channel())
+    parcel, heard = travelling(outbox, listener, again=True)
+    parcel.result = SubmitError("no answer", maybe_accepted=True, submission=BATCH)
+    outbox._settle(parcel)
+    assert [refusal.maybe_accepted for refusal in heard] == [False, False]
+    assert not any(known.doubtful for known in listener.runs.values())
+    assert listener.closed == []
+    assert (outbox._wanted, dict(outbox._messages)) == ({}, {})
+    outbox.stop()
