@@ -95,6 +95,7 @@ def travelling(outbox: Outbox, listener: Listener, *, again: bool = False) -> tu
     members = [Waiting(frame_of(run_id, again=again), heard.append) for run_id in (A, B)]
     listener.runs[BATCH] = Known("task")
     for member in members:
+        member.drawn = True
         run_id = member.frame["run_id"]
         outbox.set(run_id, None)
         outbox._on_the_way[run_id] = member
@@ -102,14 +103,14 @@ def travelling(outbox: Outbox, listener: Listener, *, again: bool = False) -> tu
         listener.runs[run_id] = Known("task")
         listener.batches[run_id] = BATCH
     outbox._wanted[BATCH] = 2
-    outbox._messages["task"] = 1
+    outbox._messages["task"] = {BATCH}
     return Parcel(members, {**members[0].frame, "run_id": BATCH}, together=True), heard
 
 
 async def test_messages_of_other_callables_that_wait_for_a_worker_hold_up_nobody() -> None:
     listener = Listener({str(n): Known("busy") for n in range(20)} | {BATCH: Known("task")})
     outbox = make(listener, Channel())
-    outbox._wanted.update(dict.fromkeys(listener.runs, 1))
+    outbox._messages.update({"task": {BATCH}, "busy": {str(n) for n in range(20)}})
     assert outbox._count_unstarted("task") == 1
     outbox.stop()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -195,9 +196,10 @@ class Outbox:
         self._open: dict[str, Any] = {}
         #: Those of them that travel in a batch: how they were called, and in which.
         self._members: dict[str, tuple[Frame, str]] = {}
-        #: By batch, how many of its members are wanted; by task, how many batches that is.
+        #: By batch, how many of its members are wanted; by task, which batches those are.
         self._wanted: dict[str, int] = {}
-        self._messages: Counter[str] = Counter()
+        self._messages: dict[str, set[str]] = {}
+        self._counting = threading.Lock()
         #: Called, in the caller's loop, with a run that was cancelled while it was being submitted,
         #: and with what the adapter knows it by, or what refused it.
         self.on_late_cancel: Callable[[Frame, Any], None] = _nothing
@@ -294,9 +296,11 @@ class Outbox:
             self._wanted[batch] = left
             return
         self._wanted.pop(batch, None)
-        self._messages[frame["task_id"]] -= 1
-        if not self._messages[frame["task_id"]]:
-            del self._messages[frame["task_id"]]
+        with self._counting:
+            batches = self._messages.get(frame["task_id"], set())
+            batches.discard(batch)
+            if not batches:
+                self._messages.pop(frame["task_id"], None)
         if self._held:  # a worker may be free for them
             self._start_flushing()
 
@@ -333,6 +337,7 @@ class Outbox:
         self._open.clear()
         self._members.clear()
         self._wanted.clear()
+        self._messages.clear()
 
     # --- handing over ---------------------------------------------------------------
 
@@ -354,7 +359,6 @@ class Outbox:
                 for waiting in everybody:
                     self._settle(_refused(waiting, SubmitError(_STOPPED)))
                 raise
-            self._recount(together, parcels)
             for parcel in parcels:
                 self._settle(parcel)
 
@@ -369,11 +373,6 @@ class Outbox:
             if not self._held[kind]:
                 del self._held[kind], self._held_since[kind]
 
-    def _recount(self, together: list[list[Waiting]], parcels: list[Parcel]) -> None:
-        """Correct how many messages are on their way: runs turned out to be large, or to be cancelled."""
-        self._messages.subtract(Counter(message[0].frame["task_id"] for message in together))
-        self._messages.update(Counter(parcel.frame["task_id"] for parcel in parcels if parcel.together))
-
     def _draw(self) -> list[list[Waiting]]:
         """Take those of the held runs that are to leave now, message by message."""
         messages: list[list[Waiting]] = []
@@ -383,13 +382,12 @@ class Outbox:
             plan = self._batching.plan(
                 kind[1],
                 len(held),
-                self._messages[kind[1]],
+                len(self._messages.get(kind[1], ())),
                 len(self._open),
                 waited,
                 partial(self._count_unstarted, kind[1]),
             )
             messages.extend([held.popleft() for _ in range(length)] for length in plan)
-            self._messages[kind[1]] += len(plan)
             if not held:
                 del self._held[kind], self._held_since[kind]
             elif plan:
@@ -401,8 +399,8 @@ class Outbox:
 
     def _count_unstarted(self, task_id: str) -> int:
         # Those of other callables do not count: a map that keeps the fleet busy would hold up all others.
-        known = (self._lease.find(batch) for batch in tuple(self._wanted))
-        return sum(1 for run in known if run is not None and run.task_id == task_id and not run.started)
+        known = (self._lease.find(batch) for batch in tuple(self._messages.get(task_id, ())))
+        return sum(1 for run in known if run is not None and not run.started)
 
     async def _hand_over(self, alone: list[Waiting], together: list[list[Waiting]]) -> list[Parcel]:
         """Encode, sign and submit, in other threads: a large argument, or a slow broker, holds up no loop."""
@@ -571,6 +569,8 @@ class Outbox:
     def _open_batch(self, parcel: Parcel, built: BuiltPayload) -> None:
         batch = parcel.frame["run_id"]
         self._wanted[batch] = len(parcel.members)
+        with self._counting:
+            self._messages.setdefault(parcel.frame["task_id"], set()).add(batch)
         self._members.update({waiting.frame["run_id"]: (waiting.frame, batch) for waiting in parcel.members})
         self._lease.open_batch(
             run_ids=[waiting.frame["run_id"] for waiting in parcel.members],

@@ -69,6 +69,8 @@ class BatchSession(Session):
         self._rows: list[Row] = []
         self._row_since = 0.0
         self._exchange_again = 0.0
+        #: Outcomes that nobody has taken, and that the backend is to keep.
+        self._unclaimed_rows: list[Row] = []
         #: Places that are not wanted any more, and how many the callback server has told us of.
         self._withdrawn: set[int] = set()
         self._heard = 0
@@ -317,10 +319,11 @@ class BatchSession(Session):
             self._deliver(self._news(part))
 
     def _park_news(self, news: _News) -> None:
+        # A backend keeps one blob: with this goes what could not be delivered before.
+        self._unclaimed_rows.extend(news.rows)
+        parts = self._news(self._unclaimed_rows).parts
         task = self.assignment
-        self.parked = park(
-            task.kid, event_tag(task.key, task.run_id, CONTENT_TYPE, True, news.parts), news.parts
-        )
+        self.parked = park(task.kid, event_tag(task.key, task.run_id, CONTENT_TYPE, True, parts), parts)
 
     def _take_news(self) -> _News:
         with self._lock:
