@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from wove import frames
 from wove.errors import SubmitError
 from wove.executors.batching import Batching
-from wove.executors.outbox import Outbox, Parcel, Terms, Waiting
+from wove.executors.outbox import Outbox
+from wove.executors.packing import Parcel, Terms, Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -16,7 +16,8 @@ from wove.errors import ConfigurationError
 from wove.executors.base import EnvironmentExecutor, FrameChannel
 from wove.executors.batching import Batching
 from wove.executors.lane import Lane
-from wove.executors.outbox import SUBMIT_SECONDS, Outbox, Terms
+from wove.executors.outbox import SUBMIT_SECONDS, Outbox
+from wove.executors.packing import Terms
 from wove.executors.settings import check_keys, flag
 from wove.executors.watch import Watch, worker_of
 from wove.exposure import check_listener, check_plain_http

@@ -4,38 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 from wove import frames
-from wove.backend import build_batch, build_payload, encode_row, failure_webhook, job_id
-from wove.errors import EncodeError, SubmitError, lost
+from wove.errors import SubmitError, lost
 from wove.executors.batching import LINGER_SECONDS
-from wove.executors.watch import Watch, WatchedRun
+from wove.executors.packing import Packer, Parcel, Waiting
 from wove.threads import DaemonPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from typing_extensions import Buffer
-
-    from wove.backend import BuiltPayload
     from wove.executors.base import FrameChannel
     from wove.executors.batching import Batching
     from wove.executors.lane import Lane
+    from wove.executors.packing import Done, KnownRun, Listener, Terms
+    from wove.executors.watch import Watch
     from wove.frames import Frame
-    from wove.security import SecretRing
-    from wove.shared_parts import Part
-    from wove.tables import Row
 
-    #: Called in the caller's loop with what refused a run, or None.
-    Done = Callable[[BaseException | None], None]
     #: The callable, its name, and what is said of the delivery: what the runs of a batch have in common.
     _Kind = tuple[int, str, int, int]
 
@@ -47,8 +38,6 @@ SUBMIT_SECONDS = 30.0
 MAX_TOGETHER = 1000
 #: Threads for encoding and handing over: one that hangs does not stop the others.
 SENDERS = 4
-#: Bytes of arguments in one batch at most.
-MAX_BATCH_BYTES = 192 * 1024
 
 _STOPPED = "the environment was stopped"
 
@@ -65,89 +54,6 @@ class Adapter(Protocol):
 
     def submit_blocking(self, batch: Sequence[tuple[bytes, Frame]]) -> list[Any]:
         """Hand payloads over, in a thread that may block."""
-
-
-class KnownRun(WatchedRun, Protocol):
-    """What the callback server knows of a run; see ``wove.callback_server.runs.OpenRun``."""
-
-    task_id: str
-    nonce: bytes
-    message: list[Buffer] | None
-
-
-class Listener(Protocol):
-    """Where runs are opened; see ``wove.callback_server.hub.Lease``."""
-
-    @property
-    def withdrawn(self) -> int | None:
-        """How often, so far, it has taken back what was submitted."""
-
-    def find(self, run_id: str) -> KnownRun | None:
-        """Return an open run, or batch."""
-
-    def open_new(self, **settings: Any) -> None:
-        """Take events for a run."""
-
-    def open_batch(self, **settings: Any) -> None:
-        """Take events for a batch and its members."""
-
-    def batch_of(self, run_id: str) -> Any:
-        """Return the batch in which an open run travels."""
-
-    def renew_run(
-        self, run: Any, attempt: int, message: list[Buffer] | None, part: Part | None = None
-    ) -> None:
-        """Begin another attempt."""
-
-    def close_run(self, run_id: str) -> None:
-        """Take no more events for a run, or batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What all payloads of an environment have in common; see :func:`wove.backend.build_payload`."""
-
-    environment: str
-    ring: SecretRing
-    callback_url: str
-    max_body: int
-    expires: float | None
-    plain: bool
-    webhook: bool
-
-
-class Waiting:
-    """A run on its way to the adapter."""
-
-    __slots__ = ("cancelled", "done", "drawn", "frame")
-
-    def __init__(self, frame: Frame, done: Done) -> None:
-        self.frame = frame
-        self.done = done
-        self.cancelled = False
-        #: It is being handed over.
-        self.drawn = False
-
-
-class Parcel:
-    """One payload for the adapter, with one run or several.
-
-    Attributes:
-        members: the runs.
-        frame: what the adapter is told.
-        together: whether this is a batch.
-        built: the payload.
-        result: what the adapter knows it by, or what refused it.
-    """
-
-    __slots__ = ("built", "frame", "members", "result", "together")
-
-    def __init__(self, members: list[Waiting], frame: Frame, *, together: bool) -> None:
-        self.members = members
-        self.frame = frame
-        self.together = together
-        self.built: BuiltPayload | None = None
-        self.result: Any = None
 
 
 class Outbox:
@@ -173,7 +79,7 @@ class Outbox:
         watch: Watch,
         batching: Batching,
     ) -> None:
-        self._terms = terms
+        self._packer = Packer(terms, lease, batching.listener, sink=channel.put, on_suspect=watch.suspect)
         self._adapter = adapter
         self._lane = lane
         self._lease = lease
@@ -434,13 +340,14 @@ class Outbox:
         self, alone: list[Waiting], together: list[list[Waiting]], abandoned: _Abandoned
     ) -> list[Parcel]:
         """Encode and sign what leaves together; hand it over where the adapter's client blocks anyway."""
-        parcels = [self._pack_alone(waiting) for waiting in alone]
+        parcels = [self._packer.alone(waiting) for waiting in alone]
         for message in together:
-            parcels.extend(self._pack_message(message))
+            parcels.extend(self._packer.message(message))
         for parcel in parcels:
             if parcel.result is None and not abandoned.yes:
                 try:
-                    self._open_at_listener(parcel)
+                    self._register(parcel)
+                    self._packer.open(parcel)
                 except Exception as exc:
                     parcel.result = exc if isinstance(exc, SubmitError) else _copy(exc)
         ready = _ready(parcels)
@@ -456,158 +363,20 @@ class Outbox:
             _note(ready, results)
         return parcels
 
-    def _described(self, parcels: list[Parcel]) -> list[tuple[bytes, Frame]]:
-        return [(p.built.blob, self._public(p.frame, p.built)) for p in parcels if p.built is not None]
-
-    def _public(self, frame: Frame, built: BuiltPayload) -> Frame:
-        terms = self._terms
-        if not terms.webhook or frame["delivery"].get("attended") is False:
-            return frame
-        webhook = failure_webhook(
-            frame["run_id"],
-            built.nonce,
-            environment=terms.environment,
-            ring=terms.ring,
-            callback_url=terms.callback_url,
-            job=job_id(frame),
-        )
-        return {**frame, "failure_webhook": webhook}
-
-    # --- encoding ------------------------------------------------------------------
-
-    def _pack_message(self, message: list[Waiting]) -> list[Parcel]:
-        """Make one payload of runs, or more where they turn out to be large."""
-        parcels: list[Parcel] = []
-        chunk: list[tuple[Waiting, Row]] = []
-        held = 0
-        for waiting in message:
-            row = None if waiting.cancelled else _row(waiting.frame, plain=self._terms.plain)
-            if row is None:
-                parcels.append(self._pack_alone(waiting))
-                continue
-            if held + len(row[2]) > MAX_BATCH_BYTES:
-                parcels.extend(self._pack_together(chunk))
-                chunk, held = [], 0
-            chunk.append((waiting, row))
-            held += len(row[2])
-        if chunk:
-            parcels.extend(self._pack_together(chunk))
-        return parcels
-
-    def _pack_alone(self, waiting: Waiting) -> Parcel:
-        terms = self._terms
-        parcel = Parcel([waiting], waiting.frame, together=False)
-        if waiting.cancelled:
-            parcel.result = SubmitError("cancelled before it was submitted")
-            return parcel
-        try:
-            parcel.built = build_payload(
-                waiting.frame,
-                environment=terms.environment,
-                ring=terms.ring,
-                callback_url=terms.callback_url,
-                max_body=terms.max_body,
-                nonce=self._nonce(waiting.frame),
-                expires=terms.expires,
-                plain=terms.plain,
-                withdrawn=self._lease.withdrawn,
-            )
-        except Exception as exc:
-            parcel.result = exc
-        except BaseException as exc:
-            # An argument whose pickling exits: an error of its own run only.
-            parcel.result = EncodeError(f"encoding the arguments raised {type(exc).__name__}: {exc}")
-        return parcel
-
-    def _pack_together(self, chunk: list[tuple[Waiting, Row]]) -> list[Parcel]:
-        terms = self._terms
-        first = chunk[0][0].frame
-        frame = {
-            "type": frames.RUN_TASK,
-            "run_id": secrets.token_hex(16),
-            "task_id": first["task_id"],
-            "callable": first["callable"],
-            "args": {},
-            "delivery": first["delivery"],
-            "runs": len(chunk),
-            "shared": first.get("shared"),
-        }
-        parcel = Parcel([waiting for waiting, _ in chunk], frame, together=True)
-        try:
-            parcel.built = build_batch(
-                frame,
-                [row for _, row in chunk],
-                environment=terms.environment,
-                ring=terms.ring,
-                callback_url=terms.callback_url,
-                max_body=terms.max_body,
-                expires=terms.expires,
-                plain=terms.plain,
-                withdrawn=self._lease.withdrawn,
-            )
-        except BaseException:
-            # A callable that is too large to travel with others, or cannot be sent: each run finds out by itself.
-            return [self._pack_alone(waiting) for waiting, _ in chunk]
-        return [parcel]
-
-    def _nonce(self, frame: Frame) -> bytes | None:
-        # What earlier attempts say is signed with keys from the same nonce.
-        known = self._lease.find(frame["run_id"])
-        return known.nonce if known is not None else None
-
-    # --- at the listener -------------------------------------------------------------
-
-    def _open_at_listener(self, parcel: Parcel) -> None:
-        """Open what is about to be submitted: a fast worker may report before the broker has answered us."""
-        if parcel.built is None:
-            raise SubmitError(_STOPPED)
-        if parcel.together:
-            self._open_batch(parcel, parcel.built)
-        else:
-            self._open_run(parcel.frame, parcel.built)
-
-    def _open_batch(self, parcel: Parcel, built: BuiltPayload) -> None:
+    def _register(self, parcel: Parcel) -> None:
+        """Note who travels in a batch: it may be given back before the broker has answered us."""
+        if not parcel.together:
+            return
         batch = parcel.frame["run_id"]
         self._wanted[batch] = len(parcel.members)
         with self._counting:
             self._messages.setdefault(parcel.frame["task_id"], set()).add(batch)
         self._members.update({waiting.frame["run_id"]: (waiting.frame, batch) for waiting in parcel.members})
-        self._lease.open_batch(
-            run_ids=[waiting.frame["run_id"] for waiting in parcel.members],
-            on_timing=self._batching.listener(parcel.frame["task_id"]),
-            **self._settings(parcel.frame, built),
-        )
 
-    def _open_run(self, frame: Frame, built: BuiltPayload) -> None:
-        delivery = frame.get("delivery") or {}
-        if delivery.get("attended") is False:
-            return  # nobody waits for it: it was put back on the queue as we stop
-        attempt = delivery.get("attempt", 1)
-        known = self._lease.find(frame["run_id"])
-        if known is None and attempt > 1:
-            raise SubmitError("the run has ended meanwhile")
-        if known is None:
-            self._lease.open_new(**self._settings(frame, built), message=built.message, attempt=attempt)
-        elif known.attempt != attempt:
-            self._lease.renew_run(known, attempt, built.message, built.part)
-        elif not known.cancelled:
-            known.message = built.message
-
-    def _settings(self, frame: Frame, built: BuiltPayload) -> dict[str, Any]:
-        terms = self._terms
-        return {
-            "run_id": frame["run_id"],
-            "task_id": frame["task_id"],
-            "environment": terms.environment,
-            "ring": terms.ring,
-            "nonce": built.nonce,
-            "sink": self._channel.put,
-            "max_body": terms.max_body,
-            "heartbeat": (frame.get("delivery") or {}).get("heartbeat_seconds"),
-            "on_suspect": self._watch.suspect,
-            "plain": terms.plain,
-            "part": built.part,
-        }
+    def _described(self, parcels: list[Parcel]) -> list[tuple[bytes, Frame]]:
+        return [
+            (p.built.blob, self._packer.described(p.frame, p.built)) for p in parcels if p.built is not None
+        ]
 
     # --- what became of it -------------------------------------------------------------
 
@@ -696,13 +465,6 @@ class _Abandoned:
 
 def _nothing(frame: Frame, result: Any) -> None:
     pass
-
-
-def _row(frame: Frame, *, plain: bool) -> Row | None:
-    try:
-        return encode_row(frame, plain=plain)
-    except BaseException:
-        return None  # an argument whose pickling exits: alone it is an error of its own run
 
 
 def _refused(waiting: Waiting, result: BaseException) -> Parcel:
