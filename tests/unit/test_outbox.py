@@ -64,6 +64,9 @@ class Watcher:
     def opened(self, run: Any) -> None:
         """A run was handed over."""
 
+    def suspect(self, run: Any) -> None:
+        """A process that ran it is gone."""
+
 
 def task() -> None:
     """Is called by nobody."""
