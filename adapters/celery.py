@@ -6,6 +6,7 @@ import base64
 import logging
 import math
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
@@ -33,6 +34,8 @@ POOL_LIMIT = 8
 BROKER_TIMEOUT = 5.0
 #: Seconds that workers get to say whether they are at a task.
 INSPECT_SECONDS = 0.7
+#: Messages that go to Redis in one round trip: meanwhile other threads have their turns, first of all the caller's.
+TOGETHER = 6
 #: How often those are asked that do not answer.
 INSPECT_TIMES = 2
 
@@ -126,10 +129,9 @@ class CeleryAdapter(BackendAdapter):
             with self._app.producer_or_acquire() as producer:
                 # The first by itself: it brings a connection back that went stale meanwhile.
                 results.append(self._send(producer, *batch[0]))
-                if len(batch) > 1 and _pipelines(producer):
-                    self._send_together(producer, batch[1:], results)
-                for payload, frame in batch[len(results) :]:
-                    results.append(self._send(producer, payload, frame))
+                together = TOGETHER if _pipelines(producer) else 1
+                while len(results) < len(batch):
+                    self._send_together(producer, batch[len(results) :][:together], results)
         except Exception as exc:
             # The broker is out: trying each of the others would take its retries again.
             results.extend(self._submit_error(exc) for _ in range(len(batch) - len(results)))
@@ -138,7 +140,7 @@ class CeleryAdapter(BackendAdapter):
     def _send_together(self, producer: Any, batch: Sequence[tuple[bytes, Frame]], results: list[Any]) -> None:
         """Send tasks in one round trip, and note what became of them; of none it is known before the end."""
         sent: list[Any] = []
-        with producer.batch():
+        with producer.batch() if len(batch) > 1 else nullcontext():
             sent.extend(self._send(producer, *item) for item in batch)
         results.extend(sent)
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -243,6 +244,9 @@ class TestLines:
                 assert time.monotonic() - begun < SOON
                 proxy.thaw()
                 await proxy.cut()
+                # Until the cut is noticed, a run may still go out on the old connection.
+                with suppress(SubmitError):
+                    await handle.run(tasks.double, 1)
                 assert await handle.run(tasks.double, 2) == 4
 
     async def test_a_grpc_service_may_have_no_call_that_stays_open(self) -> None:
@@ -370,7 +374,8 @@ class TestHangingServices:
             calls[0].cancel()
             await until(lambda: any(_cancels(run_id, data) for _, data in black_hole.heads), "it arrives")
             arrived = next(when for when, data in black_hole.heads if _cancels(run_id, data))
-            assert arrived - begun < 0.1
+            # Not behind those that hang, which never end; how soon is for benchmarks to say.
+            assert arrived - begun < SOON
             for call in calls:
                 call.cancel()
             await asyncio.wait(calls)
