@@ -70,7 +70,7 @@ class Beats:
         hold, beating = self._read_beat(request, body)
         wake = asyncio.Event()
         for beat in beating:
-            beat.run.watchers[wake] = None
+            beat.run.watch(wake)
             self._contacts.heard(request.protocol, beat.run, beat.execution)
             if not beat.execution.over and beat.execution.attempt >= beat.run.attempt:
                 beat.run.sink([beat.run.event(frames.HEARTBEAT)])
@@ -87,7 +87,7 @@ class Beats:
             raise
         finally:
             for beat in beating:
-                beat.run.watchers.pop(wake, None)
+                beat.run.watch(wake, ends=True)
         return reply(200, text="\n".join(beat.cancel_line() for beat in beating if beat.to_cancel))
 
     def _any_open(self, beating: list[_Beat]) -> bool:

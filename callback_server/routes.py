@@ -288,7 +288,7 @@ class Routes:
             )
             return Answer(410, ENDED)
         now = time.monotonic()
-        since = run.asks.setdefault(frame.get("execution", ""), now)
+        since = run.asked(frame.get("execution", ""), now)
         retry = _whole(frame.get("retry"))
         for other in run.living():
             if other is asking:
@@ -301,7 +301,7 @@ class Routes:
             elif not other.seems_dead(now):
                 run.asked_at = now
                 return Answer(503, {"Retry-After": str(ASK_AGAIN)})
-        run.asks.clear()
+        run.asks = {}
         return None
 
     def _close_with(self, run: OpenRun, batch: list[Frame]) -> None:

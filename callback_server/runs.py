@@ -38,8 +38,8 @@ BEGUN_SECONDS = 0.02
 MAX_EXECUTIONS = 64
 
 
-#: What is known of no worker; replaced, and never changed.
-_NOBODY: dict[str, Any] = {}
+#: What most runs have nothing of: replaced, and never changed. Each dictionary is memory that a run in flight holds.
+_NOTHING: dict[Any, Any] = {}
 
 
 class Execution:
@@ -132,7 +132,7 @@ class OpenRun:
         #: When it was cancelled, in monotonic seconds.
         self.cancelled_at = 0.0
         #: When which execution first asked for leave to start, and when one was last told to wait.
-        self.asks: dict[str, float] = {}
+        self.asks: dict[str, float] = _NOTHING
         self.asked_at = 0.0
         #: What the backend has said of its end, in the form of an error.
         self.obituary: dict[str, Any] | None = None
@@ -147,11 +147,11 @@ class OpenRun:
         #: The id by which the backend knows the attempt.
         self.job = run_id if attempt == 1 else f"{run_id}-{attempt}"
         #: What the last worker that spoke of it said of itself.
-        self.worker: dict[str, Any] = _NOBODY
+        self.worker: dict[str, Any] = _NOTHING
         self.executions: dict[str, Execution] = {}
         #: Set when the run is cancelled or closed: wakes the beats that are held for it.
-        self.watchers: dict[asyncio.Event, None] = {}
-        self._keys: dict[str, bytes] = {}
+        self.watchers: dict[asyncio.Event, None] = _NOTHING
+        self._keys: dict[str, bytes] = _NOTHING
 
     @property
     def started(self) -> bool:
@@ -193,7 +193,7 @@ class OpenRun:
         self.job = f"{self.run_id}-{attempt}"
         self.opened_at = time.monotonic()
         self.obituary = None
-        self.asks.clear()
+        self.asks = _NOTHING
         self.forsake()
 
     def forsake(self) -> None:
@@ -201,6 +201,17 @@ class OpenRun:
         self.worker = {}
         for execution in list(self.executions.values()):
             execution.over = True
+
+    def asked(self, execution: str, now: float) -> float:
+        """Return when an execution first asked for leave to start; that is now when it never did."""
+        if execution not in self.asks:
+            self.asks = {**self.asks, execution: now}
+        return self.asks[execution]
+
+    def watch(self, wake: asyncio.Event, *, ends: bool = False) -> None:
+        """Have an event set when the run is cancelled or closed, or not any more."""
+        rest = {known: None for known in self.watchers if known is not wake}
+        self.watchers = rest if ends else {**rest, wake: None}
 
     def event(self, kind: str, **fields: Any) -> Frame:
         """Return an event of this run that arises here, not at its worker."""
@@ -217,7 +228,8 @@ class OpenRun:
             secret = self.ring.get(kid)
             if secret is None:
                 return None
-            key = self._keys[kid] = run_key(secret, self.environment, self.run_id, self.nonce)
+            key = run_key(secret, self.environment, self.run_id, self.nonce)
+            self._keys = {**self._keys, kid: key}
         return key
 
 
