@@ -190,7 +190,18 @@ async def pass_time(seconds: float) -> None:
 class TestSuspicion:
     """A lost connection makes a run suspect; the backend's word, after a moment, decides."""
 
-    @pytest.mark.parametrize("word", OVER)
+    @jumping
+    async def test_what_is_gone_is_asked_for_twice(self, clock: Clock, backend: Backend, run: Run) -> None:
+        # Whoever saw it end may be about to say so, in better words.
+        backend.says("gone")
+        await suspected(backend, run)
+        await pass_time(600)
+        ((when, frame),) = run.told
+        assert (frame["type"], frame["error"]["message"]) == (frames.TASK_ERROR, "it is gone")
+        assert when - 1000 == pytest.approx(GRACE + AGAIN[0])
+        assert len(backend.times()) == 2
+
+    @pytest.mark.parametrize("word", sorted({*OVER} - {"gone"}))
     @jumping
     async def test_it_ends_once_when_the_backend_says_that_it_is_over(
         self, clock: Clock, backend: Backend, run: Run, word: str

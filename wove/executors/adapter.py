@@ -51,9 +51,10 @@ CONTROL_SECONDS = 10.0
 CLOSE_SECONDS = 1.0
 #: Seconds that a probe may take.
 PROBE_SECONDS = 5.0
-#: Seconds that a running task gets to listen to a cancellation before its process is ended,
+#: Seconds that a running task gets to listen to a cancellation before its process is ended (it may hear of it only by
+#: its first beat, a second after it has begun),
 #: where that is configured.
-ESCALATE_AFTER = 1.0
+ESCALATE_AFTER = 2.0
 #: Seconds that stopping waits for workers that were told to stop.
 DRAIN_SECONDS = 1.5
 

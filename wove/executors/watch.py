@@ -338,17 +338,20 @@ class Watch:
             look.collected = hash(left)
             look.next_at = now + UNSTARTED[-1]
         elif state.state in _OVER:
-            self._over(run, look, state.detail or state.state, now)
+            self._over(run, look, state, now)
         else:
             look.over = 0
             self._alive(run, state)
 
-    def _over(self, run: WatchedRun, look: _Look, word: str, now: float) -> None:
+    def _over(self, run: WatchedRun, look: _Look, state: Verdict, now: float) -> None:
+        word = state.detail or state.state
+        # What is gone has ended in some way: whoever saw it, its outcome or a better word may be on its way.
+        sure = state.state != "gone"
         look.over += 1
         if now - run.asked_at < ASKING:
             # Another worker was given it, and stands at the door.
             self._requeue(run, word)
-        elif run.suspect_since is not None or look.over > 1:
+        elif (run.suspect_since is not None and sure) or look.over > 1:
             # A lost connection and the backend's word are two witnesses; silence is none.
             self._lose(run, lost(word))
         else:
