@@ -24,3 +24,5 @@ def _release_jobs() -> Iterator[None]:
     yield
     while Job.begun_here:
         Job.begun_here.pop().release()
+    for crew in Crew.at_work:
+        crew.dismiss_spoiled()

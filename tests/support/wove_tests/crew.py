@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -96,6 +97,16 @@ POSTS = {
 }
 
 
+#: What Celery logs of a task's beginning, and of how it ended.
+_RECEIVED = re.compile(r"Task \S+\[([0-9a-f-]+)\] received")
+_ENDED = re.compile(r"[tT]ask:? \S+\[([0-9a-f-]+)\](?! received)")
+
+
+def _spoiled(log: str) -> bool:
+    """Tell whether a Celery worker has lost a process, or is still at something, by its log."""
+    return "exited with" in log or bool({*_RECEIVED.findall(log)} - {*_ENDED.findall(log)})
+
+
 class Crew:
     """Starts brokers and workers when they are asked for, and stops them all at the end.
 
@@ -104,6 +115,9 @@ class Crew:
         redis: the Redis server; one that keeps nothing unless it is given.
         rabbitmq: the RabbitMQ server, where a worker needs one.
     """
+
+    #: Those whose workers run.
+    at_work: ClassVar[list[Crew]] = []
 
     def __init__(
         self,
@@ -120,9 +134,11 @@ class Crew:
         self._slots: dict[str, Slot] = {}
 
     def __enter__(self) -> Self:
+        Crew.at_work.append(self)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        Crew.at_work.remove(self)
         for slot in self._slots.values():
             # They are private, and nothing in them is worth an orderly shutdown.
             slot.worker.stop(0.0)
@@ -155,6 +171,20 @@ class Crew:
             self._forget_its_work(name)
             slot.replace()
         return slot
+
+    def dismiss_spoiled(self) -> None:
+        """Stop the Celery workers that a test has left with a killed pool process, or with work that has not ended.
+
+        Celery may lose the next message of a pool one of whose processes was killed a moment ago: it goes down a pipe
+        that nobody reads. The next test gets a worker of its own.
+        """
+        for name, slot in self._slots.items():
+            if (
+                self._posts[name].executor == "celery"
+                and slot.worker.running
+                and _spoiled(slot.worker.log_text())
+            ):
+                slot.worker.stop(0.0)
 
     def _forget_its_work(self, name: str) -> None:
         """Take what a killed RQ worker was at for over, as RQ does after minutes."""

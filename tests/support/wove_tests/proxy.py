@@ -198,7 +198,7 @@ class TcpProxy:
             if weather.listening:
                 await self._listen()
             else:
-                self._close_listener()
+                await self._close_listener()
             for link in list(self._links):
                 if treat is not None:
                     treat(link)
@@ -213,7 +213,7 @@ class TcpProxy:
             ready.set()
         await self._ended.wait()
         self._weather = _Weather("down", listening=False)
-        self._close_listener()
+        await self._close_listener()
         # Also those that are being accepted this moment; a task that never began would leave its connection open.
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             for link in list(self._links):
@@ -231,10 +231,16 @@ class TcpProxy:
         listener.bind((_LOOPBACK, self.port))
         self._server = await asyncio.start_server(self._serve, sock=listener, backlog=_BACKLOG)
 
-    def _close_listener(self) -> None:
+    async def _close_listener(self) -> None:
         server, self._server = self._server, None
-        if server is not None:
-            server.close()
+        if server is None:
+            return
+        # asyncio drops a connection, without closing it, whose server is closed between its acceptance and its handler.
+        for listening in server.sockets:
+            self._loop.remove_reader(listening.fileno())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
