@@ -179,12 +179,19 @@ class Crew:
         that nobody reads. The next test gets a worker of its own.
         """
         for name, slot in self._slots.items():
-            if (
-                self._posts[name].executor == "celery"
-                and slot.worker.running
-                and _spoiled(slot.worker.log_text())
-            ):
+            post = self._posts[name]
+            if post.executor != "celery" or post.broker != "redis":
+                continue
+            with Redis.from_url(self.url(name)) as client:
+                # What a killed worker had taken, and had not acknowledged, would be given to others in an hour.
+                if (
+                    not client.hlen("unacked")
+                    and slot.worker.running
+                    and not _spoiled(slot.worker.log_text())
+                ):
+                    continue
                 slot.worker.stop(0.0)
+                client.delete("unacked", "unacked_index", "unacked_mutex", name)
 
     def _forget_its_work(self, name: str) -> None:
         """Take what a killed RQ worker was at for over, as RQ does after minutes."""
