@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,20 @@ logger = logging.getLogger("wove.worker")
 
 #: How payloads begin that travel as base64 text; its last character depends on what follows.
 _MAGIC_TEXT = base64.b64encode(PAYLOAD_MAGIC).decode("ascii").rstrip("=")[:-1]
+
+#: What a report imports where it is first needed elsewhere.
+_NEEDED_BY_REPORTS = (
+    "encodings.idna",
+    "fnmatch",
+    "http.client",
+    "ssl",
+    "urllib.parse",
+    "wove.no_pickle",
+    "wove.tables",
+    "wove.worker.allowed",
+    "wove.worker.early",
+    "wove.worker.origins",
+)
 
 
 def payload_in(args: Any) -> bytes | str | None:
@@ -58,4 +73,8 @@ def _in_background(payload: bytes | str, backend: str, tell: Callable[[Session],
         except Exception:
             logger.exception("the end of a task could not be reported")
 
+    # The parent forks the next pool process while this thread runs. A module that is being imported
+    # at that moment stays locked in the new process for good, and its first task hangs.
+    for module in _NEEDED_BY_REPORTS:
+        importlib.import_module(module)
     threading.Thread(target=report, name="wove-report", daemon=True).start()
