@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from wove import frames
 from wove.errors import SubmitError
 from wove.executors.batching import Batching
-from wove.executors.outbox import Outbox
+from wove.executors.outbox import Outbox, _Abandoned
 from wove.executors.packing import Parcel, Terms, Waiting
+from wove.keyring import SecretRing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
 A, B = "a" * 32, "b" * 32
 BATCH = "c" * 32
@@ -47,6 +48,13 @@ class Listener:
 
     def close_run(self, run_id: str) -> None:
         self.closed.append(run_id)
+
+    def open_new(self, **settings: Any) -> None:
+        self.runs[settings["run_id"]] = Known(settings["task_id"])
+
+    def open_batch(self, **settings: Any) -> None:
+        self.open_new(**settings)
+        self.batches.update(dict.fromkeys(settings["run_ids"], settings["run_id"]))
 
 
 @dataclass
@@ -84,9 +92,10 @@ def frame_of(run_id: str, *, again: bool = False) -> frames.Frame:
     }
 
 
-def make(listener: Listener, channel: Channel) -> Outbox:
-    terms = Terms("reports", None, "http://here", 1, None, plain=False, webhook=False)  # type: ignore[arg-type]
-    nobody: Any = None
+def make(listener: Listener, channel: Channel, adapter: Any = None) -> Outbox:
+    ring = SecretRing.parse("s" * 32, "a test")
+    terms = Terms("reports", ring, "http://127.0.0.1:1", 1 << 20, None, plain=False, webhook=False)
+    nobody: Any = adapter
     opened_at: Any = listener
     sink: Any = channel
     watcher: Any = Watcher()
@@ -109,6 +118,67 @@ def travelling(outbox: Outbox, listener: Listener, *, again: bool = False) -> tu
     outbox._wanted[BATCH] = 2
     outbox._messages["task"] = {BATCH}
     return Parcel(members, {**members[0].frame, "run_id": BATCH}, together=True), heard
+
+
+class Backend:
+    """Keeps what it is handed."""
+
+    submits_blocking = True
+
+    def __init__(self) -> None:
+        self.taken: list[frames.Frame] = []
+
+    def submit_blocking(self, batch: Sequence[tuple[bytes, frames.Frame]]) -> list[Any]:
+        self.taken.extend(frame for _, frame in batch)
+        return [frame["run_id"] for _, frame in batch]
+
+
+class Meanwhile:
+    """Does something the first time that it is encoded, as whoever calls from another thread might."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.acts = [act]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        while self.acts:
+            self.acts.pop()()
+        return (int, ())
+
+
+def on_the_way(outbox: Outbox, run_id: str, **args: Any) -> Waiting:
+    waiting = Waiting({**frame_of(run_id), "args": args}, lambda refusal: None)
+    waiting.drawn = True
+    outbox._on_the_way[run_id] = waiting
+    return waiting
+
+
+async def test_a_run_that_is_cancelled_while_it_is_encoded_is_not_handed_over() -> None:
+    listener, backend = Listener(), Backend()
+    outbox = make(listener, Channel(), backend)
+    first = on_the_way(outbox, A, value=Meanwhile(lambda: outbox.recall(A)))
+    second = on_the_way(outbox, B)
+    late: list[tuple[str, Any]] = []
+    outbox.on_late_cancel = lambda frame, result: late.append((frame["run_id"], str(result)))
+    for parcel in outbox._send([first, second], [], _Abandoned()):
+        outbox._settle(parcel)
+    assert [frame["run_id"] for frame in backend.taken] == [B]
+    assert late == [(A, "cancelled before it was submitted")]
+    assert listener.closed == [A]
+    outbox.stop()
+
+
+async def test_who_is_cancelled_while_a_batch_is_encoded_does_not_leave_with_it() -> None:
+    listener, backend = Listener(), Backend()
+    outbox = make(listener, Channel(), backend)
+    members = [on_the_way(outbox, A), on_the_way(outbox, B, value=Meanwhile(lambda: outbox.recall(A)))]
+    parcels = outbox._send([], [members], _Abandoned())
+    assert [frame["runs"] for frame in backend.taken] == [1]
+    assert {waiting.frame["run_id"]: str(p.result) for p in parcels for waiting in p.members} == {
+        A: "cancelled before it was submitted",
+        B: backend.taken[0]["run_id"],
+    }
+    assert listener.batches == {B: backend.taken[0]["run_id"]}
+    outbox.stop()
 
 
 async def test_messages_of_other_callables_that_wait_for_a_worker_hold_up_nobody() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from wove import frames
 from wove.errors import SubmitError, lost
 from wove.executors.batching import LINGER_SECONDS
-from wove.executors.packing import Packer, Parcel, Waiting
+from wove.executors.packing import NOT_SENT, Packer, Parcel, Waiting
 from wove.threads import DaemonPool
 
 if TYPE_CHECKING:
@@ -340,16 +340,24 @@ class Outbox:
         self, alone: list[Waiting], together: list[list[Waiting]], abandoned: _Abandoned
     ) -> list[Parcel]:
         """Encode and sign what leaves together; hand it over where the adapter's client blocks anyway."""
-        parcels = [self._packer.alone(waiting) for waiting in alone]
+        packed = deque(self._packer.alone(waiting) for waiting in alone)
         for message in together:
-            parcels.extend(self._packer.message(message))
-        for parcel in parcels:
+            packed.extend(self._packer.message(message))
+        parcels: list[Parcel] = []
+        while packed:
+            parcel = packed.popleft()
+            if parcel.together and any(waiting.cancelled for waiting in parcel.members):
+                # Encoding takes its time, and who is cancelled meanwhile does not leave with the others.
+                packed.extendleft(reversed(self._packer.message(parcel.members)))
+                continue
+            parcels.append(parcel)
             if parcel.result is None and not abandoned.yes:
                 try:
                     self._register(parcel)
                     self._packer.open(parcel)
                 except Exception as exc:
                     parcel.result = exc if isinstance(exc, SubmitError) else _copy(exc)
+                self._tell_of_cancelled(parcel)
         ready = _ready(parcels)
         if self._adapter.submits_blocking and ready and not abandoned.yes:
             try:
@@ -362,6 +370,13 @@ class Outbox:
                 results = [_copy(error) for _ in ready]
             _note(ready, results)
         return parcels
+
+    def _tell_of_cancelled(self, parcel: Parcel) -> None:
+        """Let a batch's worker hear of members that were cancelled as it was opened, too early to be found there."""
+        if parcel.together:
+            for waiting in parcel.members:
+                if waiting.cancelled:
+                    self._lease.cancel_run(waiting.frame["run_id"])
 
     def _register(self, parcel: Parcel) -> None:
         """Note who travels in a batch: it may be given back before the broker has answered us."""
@@ -474,6 +489,13 @@ def _refused(waiting: Waiting, result: BaseException) -> Parcel:
 
 
 def _ready(parcels: list[Parcel]) -> list[Parcel]:
+    """Return what is to be handed over, without the runs that were cancelled while they were encoded.
+
+    By now they are open at the listener, where whoever is cancelled from here on is found: its worker hears of it.
+    """
+    for parcel in parcels:
+        if parcel.result is None and not parcel.together and parcel.members[0].cancelled:
+            parcel.result = SubmitError(NOT_SENT)
     return [parcel for parcel in parcels if parcel.result is None and parcel.built is not None]
 
 

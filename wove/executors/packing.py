@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 #: Bytes of arguments in one batch at most.
 MAX_BATCH_BYTES = 192 * 1024
 
+NOT_SENT = "cancelled before it was submitted"
+
 
 class KnownRun(WatchedRun, Protocol):
     """What the callback server knows of a run; see ``wove.callback_server.runs.OpenRun``."""
@@ -60,6 +62,9 @@ class Listener(Protocol):
         self, run: Any, attempt: int, message: list[Buffer] | None, part: Part | None = None
     ) -> None:
         """Begin another attempt."""
+
+    def cancel_run(self, run_id: str) -> None:
+        """Let the worker of a run, or of a batch's member, hear that it is not wanted any more."""
 
     def close_run(self, run_id: str) -> None:
         """Take no more events for a run, or batch."""
@@ -158,7 +163,7 @@ class Packer:
         terms = self._terms
         parcel = Parcel([waiting], waiting.frame, together=False)
         if waiting.cancelled:
-            parcel.result = SubmitError("cancelled before it was submitted")
+            parcel.result = SubmitError(NOT_SENT)
             return parcel
         try:
             parcel.built = build_payload(
