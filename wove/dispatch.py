@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from wove import frames
 from wove.alarm import Alarm
-from wove.commands import again_frame, cancel_frame, delivery, orphan_frame, run_frame
-from wove.delivery import WHY_SILENT, Outcome, Resubmission, RunState, RunTable
+from wove.background import Background
+from wove.commands import run_frame
+from wove.delivery import Outcome, Resubmission, RunState, RunTable
 from wove.errors import (
     ConfigurationError,
     DeliveryOrphanedError,
     DeliveryTimeoutError,
     EnvironmentExecutionError,
-    SubmitError,
     WoveError,
     safe_text,
 )
-from wove.executors.base import EVENTS_PER_TURN, is_whole
-from wove.policy import DeliveryPolicy
+from wove.reception import Reception
 from wove.run_ids import new_run_id
+from wove.run_settings import RunSettings
 from wove.shared_parts import SharedCallable
 from wove.sharing import SharedCalls, sharing_key
+from wove.submission import Submission
 from wove.waiter import Call, Waiter
 from wove.wire import callable_name
 
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from wove.delivery import Run
     from wove.executors.base import EnvironmentExecutor
     from wove.frames import Frame
+    from wove.policy import DeliveryPolicy
     from wove.waiter import OnProgress
 
 logger = logging.getLogger("wove.dispatch")
@@ -46,15 +46,8 @@ START_SECONDS = 30.0
 STOP_SECONDS = 3.0
 #: How long, in seconds, stopping waits for the last messages to workers and the backend.
 FAREWELL_SECONDS = 1.5
-#: Seconds after the first submission without any answer in which a warning says what to look at.
-SILENCE_SECONDS = 30.0
 #: Longest name of a task, in characters.
 MAX_TASK_ID = 1_000
-#: Seconds before a run is submitted again: grows with each attempt up to the second.
-AGAIN_AFTER = 0.1
-AGAIN_AT_MOST = 10.0
-#: Different delivery settings that are remembered.
-MAX_DELIVERIES = 256
 #: Which dispatcher an executor serves, by its id: one executor cannot serve two.
 _serving: WeakValueDictionary[int, Dispatcher] = WeakValueDictionary()
 
@@ -79,49 +72,13 @@ class Dispatcher:
         self.name = name
         self.executor = executor
         self._config = executor_config
-        self._defaults = tuple(defaults)
-        self._policy = self._resolve(None)
+        self.settings = RunSettings(defaults, executor.default_heartbeat_seconds)
         self._waiters: dict[str, Waiter] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
-        #: Messages to workers and the backend that stop() waits for.
-        self._farewells: set[asyncio.Task[None]] = set()
         self._shared = SharedCalls(name)
         self._slots: asyncio.Semaphore | None = None
-        self._receiver: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
         self._stopping = False
         self._stop_task: asyncio.Task[None] | None = None
-        self._taken = 0
-        self._silence: asyncio.TimerHandle | None = None
-        self._deliveries: dict[tuple[Any, ...], dict[str, Any]] = {}
-        self._last_policy: tuple[DeliveryPolicy | None, bool, dict[str, Any]] = (None, False, {})
-
-    @property
-    def policy(self) -> DeliveryPolicy:
-        """The delivery settings of a run that sets none of its own."""
-        return self._policy
-
-    def policy_for(self, settings: Mapping[str, Any] | None) -> DeliveryPolicy:
-        """Return the delivery settings of a run.
-
-        Raises:
-            ConfigurationError: a setting that an environment's definition alone can have.
-        """
-        policy = self._resolve(settings) if settings else self._policy
-        if policy.max_in_flight != self._policy.max_in_flight:
-            raise ConfigurationError(
-                "delivery_max_in_flight belongs to an environment's definition: it bounds all its runs together"
-            )
-        return policy
-
-    def _resolve(self, overrides: Mapping[str, Any] | None) -> DeliveryPolicy:
-        policy = DeliveryPolicy.resolve(
-            overrides, *self._defaults, heartbeat_seconds=self.executor.default_heartbeat_seconds
-        )
-        if self.executor.default_heartbeat_seconds is None:
-            # Its workers send no heartbeats: silence means nothing there.
-            policy = replace(policy, heartbeat_seconds=None)
-        return policy
 
     # --- life --------------------------------------------------------------
 
@@ -139,9 +96,12 @@ class Dispatcher:
             )
         self._loop = asyncio.get_running_loop()
         self.table = RunTable(self.name, self._loop.time)
-        self._alarm = Alarm(self._loop, self.table.next_deadline, lambda: self._taken, self._expire)
-        if self._policy.max_in_flight is not None:
-            self._slots = asyncio.Semaphore(self._policy.max_in_flight)
+        self._reception = Reception(self.executor, self._take, self._break)
+        self._alarm = Alarm(self._loop, self.table.next_deadline, lambda: self._reception.taken, self._expire)
+        self._background = Background(self._loop)
+        in_flight = self.settings.policy.max_in_flight
+        if in_flight is not None:
+            self._slots = asyncio.Semaphore(in_flight)
         try:
             async with asyncio.timeout(START_SECONDS) as limit:
                 await self.executor.start(
@@ -154,9 +114,16 @@ class Dispatcher:
                     f"environment {self.name!r} did not start within {START_SECONDS:g} s"
                 ) from None
             raise
-        self._posts = self.executor.post is not None and is_whole(self.executor, "post", "send")
-        if not (is_whole(self.executor, "attach", "recv") and self.executor.attach(self._take_attached)):
-            self._receiver = self._spawn(self._receive(), f"wove-receiver-{self.name}")
+        self._submission = Submission(
+            self.name,
+            self.executor,
+            self.table,
+            self._background,
+            follow=self._follow,
+            changed=self._alarm.set,
+            heard=lambda: self._reception.taken,
+        )
+        self._reception.start(self._background, f"wove-receiver-{self.name}")
 
     async def stop(self) -> None:
         """End every open run by its orphan policy, then stop the executor. Idempotent."""
@@ -173,16 +140,11 @@ class Dispatcher:
         for run in self.table.open_runs():
             self._orphan(run)
         # Also those of callers that were cancelled a moment ago, by Ctrl-C for one.
-        if self._farewells and self._broken is None:
-            await asyncio.wait(self._farewells, timeout=FAREWELL_SECONDS)
+        if self._broken is None:
+            await self._background.farewells(FAREWELL_SECONDS)
         self._alarm.stop()
-        if self._silence is not None:
-            self._silence.cancel()
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=0.3)
+        self._submission.stop()
+        await self._background.end()
         await self._stop_executor()
 
     def _orphan(self, run: Run) -> None:
@@ -203,19 +165,11 @@ class Dispatcher:
             if outcome is not None:
                 self._follow(outcome)
             if policy == "requeue" and started and frame is not None:
-                self._say_farewell(self._requeue(run, frame), "wove-requeue")
+                self._submission.requeue(run, frame)
             elif run.policy.keeps_work and waiter is not None and waiter.sending is not None:
-                self._await_farewell(waiter.sending)  # what is to stay queued has to get there
+                self._background.await_farewell(waiter.sending)  # what is to stay queued has to get there
         if not run.policy.keeps_work:
-            self._spawn_cancel(run)
-
-    async def _requeue(self, run: Run, frame: Frame) -> None:
-        """Put started work back on the queue; nobody waits for it."""
-        await self._send_cancel(run)
-        try:
-            await self.executor.send(orphan_frame(frame, run))
-        except Exception:
-            logger.warning("environment %r: requeueing run %s failed", self.name, run.run_id, exc_info=True)
+            self._submission.cancel(run)
 
     async def _stop_executor(self) -> None:
         await self._within(STOP_SECONDS, self.executor.stop(), "stopping the executor")
@@ -229,13 +183,6 @@ class Dispatcher:
             logger.warning("environment %r: %s took longer than %g s; gave up", self.name, what, seconds)
         except Exception:
             logger.exception("environment %r: %s failed", self.name, what)
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        # The set keeps a reference: the loop alone would let a task be collected.
-        task = self._loop.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     # --- one call ----------------------------------------------------------
 
@@ -265,7 +212,7 @@ class Dispatcher:
             DeliveryTimeoutError: a delivery deadline passed.
             EncodeError: an argument cannot be sent; nothing was submitted.
         """
-        policy = self.policy_for(settings)
+        policy = self.settings.policy_for(settings)
         if not callable(func):
             raise TypeError(f"run() takes a callable, not {type(func).__name__}")
         if task_id is not None and (not isinstance(task_id, str) or len(task_id) > MAX_TASK_ID):
@@ -324,7 +271,7 @@ class Dispatcher:
     def begins(self, policy: DeliveryPolicy) -> bool:
         """Tell whether :meth:`begin` can be used for calls with those settings."""
         return (
-            self._posts
+            self._submission.posts
             and self._slots is None
             and policy.idempotency_key is None
             and policy.cancel_mode == "best_effort"
@@ -387,28 +334,16 @@ class Dispatcher:
         shared: SharedCallable | None = None,
     ) -> tuple[Run, Waiter]:
         run = self.table.open(run_id or new_run_id(), task_id or callable_name(func), policy)
-        frame = run_frame(run, func, positional, keywords, key, self._delivery(policy, mapped=mapped), shared)
+        frame = run_frame(
+            run, func, positional, keywords, key, self.settings.delivery(policy, mapped=mapped), shared
+        )
         waiter = Waiter(self._loop.create_future() if future is None else future, on_progress)
         if policy.sends_again:
             waiter.frame = frame
         self._waiters[run.run_id] = waiter
         self._alarm.set()
-        if not self._post(run, frame):
-            # A task of its own: deadlines hold while `send` hangs.
-            waiter.sending = self._spawn(self._submit(run, frame), "wove-submit")
+        self._submission.submit(run, frame, waiter)
         return run, waiter
-
-    def _delivery(self, policy: DeliveryPolicy, *, mapped: bool) -> dict[str, Any]:
-        """Return what a first attempt's frame says of its delivery: one mapping for all that are alike."""
-        if policy is self._last_policy[0] and mapped is self._last_policy[1]:
-            return self._last_policy[2]
-        said = delivery(policy, 1, mapped=mapped)
-        alike = tuple(said.values())
-        said = self._deliveries.setdefault(alike, said)
-        if len(self._deliveries) > MAX_DELIVERIES:
-            self._deliveries.clear()
-        self._last_policy = (policy, mapped, said)
-        return said
 
     def _check_usable(self) -> None:
         if self._stopping:
@@ -423,53 +358,6 @@ class Dispatcher:
                     "source": "executor",
                 }
             ) from self._broken
-
-    def _post(self, run: Run, frame: Frame) -> bool:
-        """Submit a run without a task, where its executor can; what is to outlive this process is waited for."""
-        post = self.executor.post
-        if not self._posts or post is None or run.policy.keeps_work:
-            return False
-        done = partial(self._accepted, run, run.attempt)
-        try:
-            return post(frame, done) is not False
-        except Exception as exc:
-            done(exc)
-            return True
-
-    async def _submit(self, run: Run, frame: Frame) -> None:
-        attempt = frame["delivery"]["attempt"]
-        try:
-            await self.executor.send(frame)
-        except asyncio.CancelledError as exc:
-            if _asked_to_stop():
-                raise
-            error = SubmitError(f"the executor of environment {self.name!r} cancelled its own send()")
-            error.__cause__ = exc
-            self._follow(self.table.refuse(run.run_id, error, attempt, final=True))
-        except Exception as exc:
-            self._accepted(run, attempt, exc)
-        else:
-            self._accepted(run, attempt, None)
-
-    def _accepted(self, run: Run, attempt: int, refusal: BaseException | None) -> None:
-        """The executor has taken that attempt of a run, or refused it."""
-        if refusal is None:
-            self.table.submitted(run.run_id, attempt)
-            if self._silence is None:
-                self._silence = self._loop.call_later(SILENCE_SECONDS, self._warn_of_silence)
-            return
-        final = not isinstance(refusal, SubmitError)
-        doubtful = self.executor.recognises_repeats and getattr(refusal, "maybe_accepted", False)
-        self._follow(self.table.refuse(run.run_id, refusal, attempt, final=final, doubtful=doubtful))
-
-    def _warn_of_silence(self) -> None:
-        """Say once, where nothing has ever come back, what that may mean."""
-        waiting = [run for run in self.table.open_runs() if run.state is RunState.SUBMITTED]
-        if waiting and not self._taken:
-            logger.warning(
-                "environment %r: no worker has spoken of any run yet, %d wait, the first for %.0f s: %s",
-                self.name, len(waiting), self._loop.time() - waiting[0].opened_at, WHY_SILENT,
-            )  # fmt: skip
 
     async def _abandon(self, run: Run) -> str:
         """The caller was cancelled: cancel the work, as the policy says.
@@ -495,50 +383,9 @@ class Dispatcher:
         if waiter is not None and waiter.sending is not None and not waiter.sending.done():
             waiter.sending.cancel()
         if not self._stopping:
-            self._spawn_cancel(run)
-
-    def _spawn_cancel(self, run: Run) -> None:
-        self._say_farewell(self._send_cancel(run), "wove-cancel")
-
-    def _say_farewell(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        self._await_farewell(self._spawn(work, name))
-
-    def _await_farewell(self, task: asyncio.Task[None]) -> None:
-        if not task.done():
-            self._farewells.add(task)
-            task.add_done_callback(self._farewells.discard)
-
-    async def _send_cancel(self, run: Run) -> None:
-        try:
-            await self.executor.send(cancel_frame(run))
-        except Exception:
-            logger.warning("environment %r: cancelling run %s failed", self.name, run.run_id, exc_info=True)
+            self._submission.cancel(run)
 
     # --- what comes back ---------------------------------------------------
-
-    async def _receive(self) -> None:
-        try:
-            while True:
-                await self._take_all(await self.executor.recv_many())
-        except asyncio.CancelledError as exc:
-            if _asked_to_stop():
-                raise
-            self._break(exc)
-        except Exception as exc:
-            self._break(exc)
-
-    def _take_attached(self, frame: Frame) -> None:
-        try:
-            self._take(frame)
-        except Exception as exc:
-            self._break(exc)
-
-    async def _take_all(self, events: list[Frame]) -> None:
-        # By itself, so that the last of them is not held until the next one comes.
-        for frame in events:
-            self._take(frame)
-            if self._taken % EVENTS_PER_TURN == 0:
-                await asyncio.sleep(0)
 
     def _break(self, exc: BaseException) -> None:
         """Nothing comes back any more: end every run, and refuse new ones."""
@@ -551,7 +398,6 @@ class Dispatcher:
                 self._follow(self.table.fail(run.run_id, error))
 
     def _take(self, frame: Frame) -> None:
-        self._taken += 1
         taken, outcome, again = self.table.apply(frame)
         if outcome is not None or again is not None:
             self._follow(outcome or again)
@@ -567,7 +413,7 @@ class Dispatcher:
         if isinstance(step, Outcome):
             self._settle(step)
         elif step is not None:
-            self._send_again(step)
+            self._submission.submit_again(step, self._waiters.get(step.run.run_id))
 
     def _settle(self, outcome: Outcome) -> None:
         run = outcome.run
@@ -589,27 +435,6 @@ class Dispatcher:
             if type(waiter.future) is Call:
                 del self._waiters[run.run_id]  # nobody else will
 
-    def _send_again(self, again: Resubmission) -> None:
-        run = again.run
-        waiter = self._waiters.get(run.run_id)
-        if waiter is None or waiter.frame is None:
-            return  # its caller is gone
-        logger.warning(
-            "environment %r: attempt %d of run %s (%s) %s and is submitted again: %s",
-            self.name, run.attempt, run.run_id, run.task_id,
-            "may not have been accepted" if run.doubtful else "was lost", again.reason,
-        )  # fmt: skip
-        pause = min(AGAIN_AT_MOST, AGAIN_AFTER * 2 ** (run.repeats + 1)) * random.uniform(0.5, 1.0)  # noqa: S311
-        waiter.sending = self._spawn(self._submit_again(run, waiter.frame, pause), "wove-resubmit")
-        self._alarm.set()
-
-    async def _submit_again(self, run: Run, frame: Frame, pause: float) -> None:
-        await asyncio.sleep(pause)
-        if self.table.resubmit(run.run_id) is None:
-            return
-        self._alarm.set()
-        await self._submit(run, again_frame(frame, run))
-
     def _expire(self) -> None:
         for step in self.table.expire():
             self._follow(step)
@@ -621,9 +446,3 @@ _FATES = {
     "detach": "its work runs on, and its outcome is kept by the backend",
     "requeue": "its work is back on the queue",
 }
-
-
-def _asked_to_stop() -> bool:
-    """Tell whether the current task was cancelled, and not just met a CancelledError."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

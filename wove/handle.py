@@ -164,7 +164,7 @@ class EnvironmentHandle:
         Leaving the loop early cancels the open runs (at once when the iterator is closed
         with ``aclose()``, or by ``contextlib.aclosing``).
         """
-        limit = in_flight if in_flight is not None else self._dispatcher.policy.max_in_flight
+        limit = in_flight if in_flight is not None else self._dispatcher.settings.policy.max_in_flight
         if limit is not None and (type(limit) is not int or limit < 1):
             raise ConfigurationError(f"map(): in_flight is a whole number from 1; got {in_flight!r}")
         return self._map(func, items, ordered, return_exceptions, limit)
@@ -191,7 +191,7 @@ class EnvironmentHandle:
         dispatcher, on_progress = self._dispatcher, self._on_progress
         if not callable(func):
             raise TypeError(f"map() takes a callable, not {type(func).__name__}")
-        policy = dispatcher.policy_for(self._settings or None)
+        policy = dispatcher.settings.policy_for(self._settings or None)
         shared = dispatcher.share(func)
         if dispatcher.begins(policy):
             name = callable_name(func)
