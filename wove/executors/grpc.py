@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,6 +46,8 @@ LINE_SUFFIX = "Line"
 LINE_BYTES = 256 * 1024
 #: Seconds between two attempts to open such a call.
 LINE_AGAIN = 1.0
+#: Seconds in which gRPC notices that a connection is gone on which a call has broken off.
+BROKEN_SECONDS = 0.5
 _METHOD = re.compile(r"/[\w.]+/\w+")
 _NAME = re.compile(r"[a-z0-9_.-]+")
 
@@ -77,6 +80,8 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         self._opening: Future[None] | None = None
         #: When a line may be opened next; never where the service has none.
         self._line_from = 0.0
+        #: The connection on which a line has just broken off; calls do without it.
+        self._broken: Any = None
         self._channels: list[Channel] = []
 
     @property
@@ -230,6 +235,8 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
 
     async def _try_line(self) -> Line | None:
         """Return a line, or None when the service's clock was learnt instead."""
+        if self._broken is not None:
+            await self._leave_broken()
         signed = await self._sign(b"", self._method + LINE_SUFFIX)
         call = self._lines(metadata=(*self._metadata, ("wove-host", self._target), *signed))
         try:
@@ -253,8 +260,24 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             max_message=self.max_message,
             timeout=self.timeout,
             take=partial(self._hand_over, self._take_from_line),
-            ended=partial(self._hand_over, self._line_ended),
+            ended=self._broke_off,
         )
+
+    def _broke_off(self, line: Line, problem: Exception) -> None:
+        """A line has ended. In the loop of calls."""
+        if self._channels:
+            self._broken = self._channels[0]
+        self._hand_over(self._line_ended, line, problem)
+
+    async def _leave_broken(self) -> None:
+        """Wait until gRPC has noticed that its connection is gone: what is called before fails along with it."""
+        channel = self._broken
+        ready = self._grpc.ChannelConnectivity.READY
+        if channel.get_state() is ready:
+            with suppress(TimeoutError):  # the call alone has ended, and not its connection
+                async with asyncio.timeout(BROKEN_SECONDS):
+                    await channel.wait_for_state_change(ready)
+        self._broken = None
 
     def _hand_over(self, func: Callable[..., None], *args: Any) -> None:
         """Call something in the executor's loop."""
@@ -295,6 +318,8 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         try:
             if send is None:
                 raise RuntimeError("the grpc executor is not started")
+            if self._broken is not None and not urgent:
+                await self._leave_broken()
             call = await self._call(send, body, patience, answer)
             try:
                 silence = max(self.timeout, SILENCE_SECONDS)
