@@ -14,7 +14,7 @@ from wove.remote_errors import encode_exception
 from wove.security import event_tag, reply_tag, same
 from wove.tables import CANCELLED, ERROR, MAX_VALUE, RETURNED, encode_small, pack_table
 from wove.wire import pack_message, park
-from wove.worker.context import RunContext, bind
+from wove.worker.context import Cancellable, RunContext, bind
 from wove.worker.courier import courier_for
 from wove.worker.execution import (
     TaskCancelledItself,
@@ -30,7 +30,7 @@ from wove.worker.pace import measured
 from wove.worker.session import CONTENT_TYPE, MAX_FRAMES, REPORT_AGAIN, REPORT_TIMEOUT, Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from typing_extensions import Buffer
 
@@ -77,7 +77,7 @@ class BatchSession(Session):
         #: Places that must not be started, and whose runs have ended: nothing is to be said of them.
         self._over: set[int] = set()
         self._next = self._end = 0
-        self._current: tuple[int, Item] | None = None
+        self._current: tuple[int, Cancellable] | None = None
         self._exchanged = self.begun
         self._executed, self._busy = 0, 0.0
 
@@ -126,10 +126,10 @@ class BatchSession(Session):
 
     # --- during a run -----------------------------------------------------------
 
-    def begin(self, place: int, run_id: str) -> Item:
+    def begin(self, place: int, run_id: str) -> Cancellable:
         """Return the run that is executed from now on."""
         task = self.assignment
-        item = Item(RunContext(run_id, task.task_id, task.attempt, partial(self._emit_of, run_id)))
+        item = Cancellable(RunContext(run_id, task.task_id, task.attempt, partial(self._emit_of, run_id)))
         self._current = place, item
         return item
 
@@ -383,24 +383,6 @@ class _News:
         self.parts = parts
 
 
-class Item:
-    """One run of a batch while it is executed."""
-
-    __slots__ = ("context", "on_cancel")
-
-    def __init__(self, context: RunContext) -> None:
-        self.context = context
-        self.on_cancel: Callable[[], None] | None = None
-
-    def cancel(self) -> None:
-        """The caller no longer wants the result."""
-        if self.context.cancelled:
-            return
-        self.context.cancelled = True
-        if self.on_cancel is not None:
-            self.on_cancel()
-
-
 def run_batch(
     assignment: Assignment,
     backend: Mapping[str, Any] | None,
@@ -500,7 +482,7 @@ class _Work:
                     session.end(time.monotonic() - begun)
                     self.executed += 1
 
-    def _run(self, place: int, row: Row, item: Item) -> None:
+    def _run(self, place: int, row: Row, item: Cancellable) -> None:
         session = self._session
         try:
             positional, keywords = session.assignment.decode_row(row)
@@ -526,7 +508,7 @@ class _Work:
             return
         session.add_result(place, row[0], result)
 
-    def _end_badly(self, place: int, run_id: str, item: Item, exc: BaseException) -> None:
+    def _end_badly(self, place: int, run_id: str, item: Cancellable, exc: BaseException) -> None:
         if is_cancellation(exc):
             if item.context.cancelled:
                 self._session.add_cancelled(place)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Protocol
 
-    from wove.worker.context import RunContext
+    from wove.worker.context import Cancellable, RunContext
 
     class Job(Protocol):
         """What is to be called; an :class:`Assignment` is one."""
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
         """One execution and where its outcome goes; a :class:`Session` is one."""
 
         context: RunContext
-        on_cancel: Callable[[], None] | None
         worker: dict[str, Any]
 
         @property
@@ -53,12 +52,6 @@ if TYPE_CHECKING:
         def lost(self, message: str) -> None:
             """Deliver that the delivery failed, and not the task."""
             ...
-
-    class Cancellable(Protocol):
-        """What a coroutine has to know of its execution."""
-
-        context: RunContext
-        on_cancel: Callable[[], None] | None
 
 
 logger = logging.getLogger("wove.worker")

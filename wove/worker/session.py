@@ -15,7 +15,7 @@ from wove.security import event_tag, reply_tag, same
 from wove.wire import encode_value, pack_message, park
 from wove.worker import offering
 from wove.worker.connection import Reply, clock_offset, request, withdrawals
-from wove.worker.context import RunContext
+from wove.worker.context import Cancellable, RunContext
 from wove.worker.offering import offer, patience, retry_after
 from wove.worker.pace import is_short
 
@@ -64,7 +64,7 @@ MAX_BEGUN = 4096
 _begun: set[str] = set()
 
 
-class Session:
+class Session(Cancellable):
     """Numbers, signs and sends the events of one execution of a run.
 
     Args:
@@ -73,11 +73,11 @@ class Session:
     """
 
     def __init__(self, assignment: Assignment, backend: Mapping[str, str] | None = None) -> None:
+        super().__init__(RunContext(assignment.run_id, assignment.task_id, assignment.attempt, self.emit))
         self.assignment = assignment
         self.execution = os.urandom(8).hex()
         self.begun = time.monotonic()
         self.beats = 0
-        self.context = RunContext(assignment.run_id, assignment.task_id, assignment.attempt, self.emit)
         #: The callback server does not know the run (any more): no beats for it.
         self.unwanted = False
         #: An outcome that could not be delivered, signed, for the backend to keep.
@@ -86,7 +86,6 @@ class Session:
         self.unclaimed = False
         #: Another worker is at the run: this one has nothing to do with it.
         self.elsewhere = False
-        self.on_cancel: Callable[[], None] | None = None
         #: Called when a frame waits to be sent; set by the courier.
         self.notify: Callable[[], None] | None = None
         self.worker: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), **(backend or {})}
@@ -196,14 +195,6 @@ class Session:
 
     def withdraw(self, text: str) -> None:
         """Take in which runs of a batch are not wanted any more; this is none."""
-
-    def cancel(self) -> None:
-        """The caller no longer wants the result."""
-        if self.context.cancelled:
-            return
-        self.context.cancelled = True
-        if self.on_cancel is not None:
-            self.on_cancel()
 
     @property
     def started(self) -> bool:
