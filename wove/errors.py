@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback as _traceback
 from typing import TYPE_CHECKING, Any
 
@@ -191,3 +192,10 @@ def _user_part(tb: TracebackType | None) -> TracebackType | None:
     while tb is not None and str(tb.tb_frame.f_globals.get("__name__", "")).startswith(_OWN_MODULES):
         tb = tb.tb_next
     return tb or first
+
+
+def is_cancellation(exc: BaseException) -> bool:
+    """Tell whether it is asyncio's CancelledError."""
+    # Only a process that has loaded asyncio can have raised it; another thread may be loading it just now.
+    kind = getattr(sys.modules.get("asyncio"), "CancelledError", None)
+    return kind is not None and isinstance(exc, kind)

@@ -34,6 +34,7 @@ from wove.remote_errors import decode_exception
 from wove.security import find_secrets, open_payload, seal_payload
 from wove.wire import pack_message, unpack_message
 from wove.worker import arun, beats, connection, courier, execution, offering, session
+from wove.worker.calls import TaskCancelledItself
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -332,7 +333,7 @@ class TestOutcome:
 
     def test_a_cancellation_that_nobody_asked_for_is_an_error(self, server: FakeCallbackServer) -> None:
         payload = Payload(server.url, cancel_itself)
-        with pytest.raises(execution.TaskCancelledItself):
+        with pytest.raises(TaskCancelledItself):
             run(payload)
         assert outcome(server, payload)["error"]["kind"] == "TaskCancelledItself"
 

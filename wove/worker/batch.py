@@ -9,22 +9,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
-from wove.errors import EncodeError, PayloadRejectedError, normalize_exception
+from wove.errors import EncodeError, is_cancellation, normalize_exception
 from wove.remote_errors import encode_exception
 from wove.security import event_tag, reply_tag, same
 from wove.tables import CANCELLED, ERROR, MAX_VALUE, RETURNED, encode_small, pack_table
 from wove.wire import pack_message, park
+from wove.worker.calls import cancelled_itself, explain_failed_load, load
 from wove.worker.context import Cancellable, RunContext, bind
 from wove.worker.courier import courier_for
-from wove.worker.execution import (
-    TaskCancelledItself,
-    cannot_load,
-    drive,
-    is_cancellation,
-    keep,
-    note_refusal,
-)
-from wove.worker.fetching import FetchFailed, NotWanted
+from wove.worker.hooks import keep
 from wove.worker.offering import offer, patience
 from wove.worker.pace import measured
 from wove.worker.session import CONTENT_TYPE, MAX_FRAMES, REPORT_AGAIN, REPORT_TIMEOUT, Session
@@ -406,11 +399,13 @@ def run_batch(
         return False
     hooks.begins(session)
     with courier_for(assignment.origin).caring_for(session):
-        loaded = _load(session, hooks)
+        loaded = load(session, assignment.load_batch, hooks)
         if loaded is None:
             keep(session, hooks)
             return False
-        work = _Work(session, *loaded, hooks)
+        func, rows = loaded
+        session.expect(len(rows))
+        work = _Work(session, func, rows, hooks)
         try:
             work.execute()
         finally:
@@ -429,29 +424,6 @@ def run_batch(
     if work.failure is not None:
         raise work.failure
     return work.executed > 0
-
-
-def _load(session: BatchSession, hooks: BackendHooks) -> tuple[Any, list[Row]] | None:
-    task = session.assignment
-    try:
-        func, rows = task.load_batch()
-    except NotWanted:
-        session.acknowledge_cancel()
-        return None
-    except FetchFailed as exc:
-        # The delivery failed, and not the task: it may be made again.
-        session.lost(str(exc))
-        return None
-    except BaseException as exc:
-        if isinstance(exc, PayloadRejectedError):
-            note_refusal(exc, "payload of task %s rejected: %s", task.task_id, exc)
-        else:
-            exc.add_note(cannot_load(session.worker, task.task_id))
-        hooks.ends(None, exc, source="worker")
-        session.fail(exc, source="worker")
-        raise
-    session.expect(len(rows))
-    return func, rows
 
 
 class _Work:
@@ -488,17 +460,15 @@ class _Work:
             positional, keywords = session.assignment.decode_row(row)
             func = session.assignment.another(self._func) if self.executed else self._func
         except BaseException as exc:
-            task_id = session.assignment.task_id
-            if isinstance(exc, PayloadRejectedError):
-                note_refusal(exc, "payload of task %s rejected: %s", task_id, exc)
-            else:
-                exc.add_note(cannot_load(session.worker, task_id))
+            explain_failed_load(session, exc)
             self._fail(place, row[0], exc, source="worker")
             return
         try:
             with bind(item.context):
                 result = func(*positional, **keywords)
                 if hasattr(result, "__await__"):
+                    from wove.worker.coroutines import drive
+
                     result = drive(result, item)
         except BaseException as exc:
             self._end_badly(place, row[0], item, exc)
@@ -513,9 +483,7 @@ class _Work:
             if item.context.cancelled:
                 self._session.add_cancelled(place)
                 return
-            cancelled = exc
-            exc = TaskCancelledItself("the task raised CancelledError although nobody had cancelled it")
-            exc.__cause__ = cancelled
+            exc = cancelled_itself(exc)
         if self._hooks.runs_again(exc):
             self.again = exc
             return

@@ -22,8 +22,9 @@ from wove.no_pickle import decode_plain, encode_plain
 from wove.remote_errors import encode_exception
 from wove.threads import DaemonPool, in_thread
 from wove.wire import decode_callable, decode_value, encode_value, pack_message
+from wove.worker.calls import load_call, report_failure
 from wove.worker.context import Cancellable, RunContext, bind
-from wove.worker.execution import load_call, report_failure, supervise
+from wove.worker.coroutines import supervise
 from wove.worker.services.engine import DEFAULT_THREADS
 from wove.worker.services.output import finish_lines
 
@@ -126,7 +127,7 @@ class Runner:
 
 
 class Run(Cancellable):
-    """One run, as :class:`wove.worker.execution.Execution`, and as the job it executes."""
+    """One run, as :class:`wove.worker.calls.Execution`, and as the job it executes."""
 
     def __init__(self, runner: Runner, packet: Packet, emit: Emit) -> None:
         envelope = packet.envelope
@@ -183,7 +184,7 @@ class Run(Cancellable):
             self.succeed(result)
 
     def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """Return the callable and its arguments; see :class:`wove.worker.execution.Job`."""
+        """Return the callable and its arguments; see :class:`wove.worker.calls.Job`."""
         packet, self._packet = self._packet, None
         if packet is None:
             raise RuntimeError("loaded twice")
