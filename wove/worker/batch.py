@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.errors import EncodeError, is_cancellation, normalize_exception
-from wove.remote_errors import encode_exception
 from wove.security import event_tag, reply_tag, same
 from wove.tables import CANCELLED, ERROR, MAX_VALUE, RETURNED, encode_small, pack_table
 from wove.wire import pack_message, park
@@ -19,6 +18,7 @@ from wove.worker.context import Cancellable, RunContext, bind
 from wove.worker.courier import courier_for
 from wove.worker.hooks import keep
 from wove.worker.offering import offer, patience
+from wove.worker.outcomes import encode_error
 from wove.worker.pace import measured
 from wove.worker.session import CONTENT_TYPE, MAX_FRAMES, REPORT_AGAIN, REPORT_TIMEOUT, Session
 
@@ -169,12 +169,7 @@ class BatchSession(Session):
 
     def add_error(self, place: int, run_id: str, exc: BaseException, *, source: str = "task") -> None:
         """Keep an error to be delivered with others."""
-        attachments: list[Buffer] = []
-        error = normalize_exception(exc, source=source)
-        try:
-            described = encode_exception(exc, attachments, plain=self.assignment.plain)
-        except Exception:
-            described, attachments = [], []
+        error, described, attachments = encode_error(exc, source=source, plain=self.assignment.plain)
         data = b"".join(pack_message({"error": error, "exception": described}, attachments))
         if len(data) > MAX_VALUE:
             alone = self._alone(run_id)
