@@ -326,6 +326,10 @@ class Session(Cancellable):
                 source="worker",
             )
             body = self._body([self._frame(frames.TASK_ERROR, error=error)], [])
+        return self._sealed(body)
+
+    def _sealed(self, body: list[Buffer]) -> bytes:
+        """Return as one signed blob what would have been sent."""
         task = self.assignment
         return park(task.kid, event_tag(task.key, task.run_id, CONTENT_TYPE, True, body), body)
 
@@ -341,8 +345,8 @@ class Session(Cancellable):
         task = self.assignment
         return frames.event(frames.TASK_STARTED, task.run_id, task.task_id, task.attempt, 1)
 
-    def _body(self, batch: list[frames.Frame], attachments: Sequence[Buffer]) -> list[Buffer]:
-        envelope = {"v": 1, "execution": self.execution, "worker": self.worker, "frames": batch}
+    def _body(self, batch: list[frames.Frame], attachments: Sequence[Buffer], **more: Any) -> list[Buffer]:
+        envelope = {"v": 1, "execution": self.execution, "worker": self.worker, "frames": batch, **more}
         return pack_message(envelope, attachments)
 
     def _post(
@@ -366,9 +370,10 @@ class Session(Cancellable):
     def _heed(self, reply: Reply, tag: bytes) -> None:
         """Take in what a reply says beside its status."""
         cancel = reply.headers.get("wove-cancel")
-        if cancel is not None and _signed(cancel, reply_tag(self.assignment.key, tag, b"cancel")):
+        if cancel is not None and self._is_signed(cancel, tag, b"cancel"):
             self.cancel()
 
-
-def _signed(given: str, expected: bytes) -> bool:
-    return same(expected.hex().encode(), given.encode("ascii", "replace"))
+    def _is_signed(self, given: str, tag: bytes, text: bytes) -> bool:
+        """Tell whether the callback server says ``text`` in reply to what was sent with ``tag``."""
+        expected = reply_tag(self.assignment.key, tag, text)
+        return same(expected.hex().encode(), given.encode("ascii", "replace"))
