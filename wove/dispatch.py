@@ -599,7 +599,7 @@ class Dispatcher:
             self.name, run.attempt, run.run_id, run.task_id,
             "may not have been accepted" if run.doubtful else "was lost", again.reason,
         )  # fmt: skip
-        pause = min(AGAIN_AT_MOST, AGAIN_AFTER * 2 ** (run.repeats + 1)) * random.uniform(0.5, 1.0)  # noqa: S311
+        pause = min(AGAIN_AT_MOST, AGAIN_AFTER * 2 ** (run.repeats + 1)) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
         waiter.sending = self._spawn(self._submit_again(run, waiter.frame, pause), "wove-resubmit")
         self._alarm.set()
 
