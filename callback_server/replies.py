@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import web
 
 from wove.callback_server.guard import refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 #: Tells a worker whether anything was withdrawn since a payload was made.
 WITHDRAWN = "Wove-Withdrawn"
@@ -19,7 +23,7 @@ class Answer(NamedTuple):
     """What is answered to events that were taken, or are not wanted."""
 
     status: int
-    headers: dict[str, str] = {}  # noqa: RUF012 - never changed
+    headers: Mapping[str, str] = MappingProxyType({})
     text: str = ""
 
 

@@ -1,7 +1,9 @@
-"""The exceptions of Wove, and how an exception becomes plain data."""
+"""The exceptions of Wove, how an exception becomes plain data, and which ones a piece of code raises by itself."""
 
 from __future__ import annotations
 
+import sys
+import threading
 import traceback as _traceback
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
 #: Longest traceback or message text, in characters, that an error payload carries.
 MAX_TEXT = 16_000
 
+#: What code raises by itself, beside asyncio's CancelledError: that would have to be imported for it.
+_BY_CODE = (Exception, SystemExit, GeneratorExit)
 
 #: Frames of these modules at the top of a traceback tell users nothing about their task.
 _OWN_MODULES = ("wove.worker.", "wove.executors.", "wove.threads", "wove.adapters.")
@@ -191,3 +195,22 @@ def _user_part(tb: TracebackType | None) -> TracebackType | None:
     while tb is not None and str(tb.tb_frame.f_globals.get("__name__", "")).startswith(_OWN_MODULES):
         tb = tb.tb_next
     return tb or first
+
+
+def raised_by_code(exc: BaseException) -> bool:
+    """Tell whether the code that was called has raised ``exc`` by itself.
+
+    Any other has struck while it ran, such as Ctrl-C or a host's time limit, and means the caller: it is to be
+    raised again.
+    """
+    if isinstance(exc, _BY_CODE) or is_cancellation(exc):
+        return True
+    # Python raises it in the main thread alone: anywhere else it would end somebody's event loop for nothing.
+    return isinstance(exc, KeyboardInterrupt) and threading.get_ident() != threading.main_thread().ident
+
+
+def is_cancellation(exc: BaseException) -> bool:
+    """Tell whether it is asyncio's CancelledError."""
+    # Only a process that has loaded asyncio can have raised it; another thread may be loading it just now.
+    kind = getattr(sys.modules.get("asyncio"), "CancelledError", None)
+    return kind is not None and isinstance(exc, kind)

@@ -13,6 +13,7 @@ from wove.errors import (
     EnvironmentExecutionError,
     RemoteTraceback,
     WorkerLostError,
+    raised_by_code,
     safe_text,
 )
 from wove.wire import decode_value, encode_value
@@ -29,7 +30,7 @@ MAX_CHAIN = 8
 def encode_exception(
     exc: BaseException, attachments: list[Buffer], *, plain: bool = False
 ) -> list[dict[str, Any]]:
-    """Describe ``exc`` and its causes. Never raises for a hostile exception.
+    """Describe ``exc`` and its causes. Raises nothing that a hostile exception raises.
 
     Args:
         exc: the exception.
@@ -86,8 +87,10 @@ def _encode_object(exc: BaseException, attachments: list[Buffer]) -> list[Any] |
             descriptor = encode_value(form, trial)
             views = [memoryview(part) for part in trial]
             back = _rebuild(decode_value(descriptor, views))
-        except BaseException:  # noqa: S112 - the next form, or the text, stands for it
-            continue
+        except BaseException as failure:
+            if not raised_by_code(failure):
+                raise
+            continue  # the next form, or the text, stands for it
         # An exception that pickles as something else would change its type silently.
         if type(back) is type(exc) and len(attachments) + len(trial) <= 32:
             codec, first, count = descriptor
@@ -160,7 +163,9 @@ def _decode_entry(entry: Any, attachments: Sequence[memoryview]) -> BaseExceptio
     if "value" in entry:
         try:
             exc = _rebuild(decode_value(entry["value"], attachments))
-        except BaseException:
+        except BaseException as failure:
+            if not raised_by_code(failure):
+                raise
             # Its class does not exist here, or unpickling it exits: the text stands for it.
             exc = None
     if exc is None:

@@ -26,7 +26,7 @@ from wove import (
     WorkerLostError,
 )
 from wove.demo.processes import free_port
-from wove.worker.session import FRESH
+from wove.worker.starting import FRESH
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

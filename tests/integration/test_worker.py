@@ -33,7 +33,8 @@ from wove.refusals import refusals as counted
 from wove.remote_errors import decode_exception
 from wove.security import find_secrets, open_payload, seal_payload
 from wove.wire import pack_message, unpack_message
-from wove.worker import arun, beats, connection, courier, execution, offering, session
+from wove.worker import arun, beats, connection, courier, execution, offering, starting
+from wove.worker.calls import TaskCancelledItself
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ def _own_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def fresh(server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Payloads count as submitted this moment, however slow this machine is, and the clock is known."""
-    monkeypatch.setattr(session, "FRESH", 60.0)
+    monkeypatch.setattr(starting, "FRESH", 60.0)
     assert run(Payload(server.url, double, 0))
 
 
@@ -239,9 +240,9 @@ class TestOutcome:
         recent: float,
         asks: bool,
     ) -> None:
-        monkeypatch.setattr(session, "FRESH", 0.0)
-        monkeypatch.setattr(session, "RECENT", recent)
-        monkeypatch.setattr(session, "SETTLED", 3600.0)
+        monkeypatch.setattr(starting, "FRESH", 0.0)
+        monkeypatch.setattr(starting, "RECENT", recent)
+        monkeypatch.setattr(starting, "SETTLED", 3600.0)
         server.script["events"].extend([Answer(204, {"Wove-Withdrawn": told})] * 2)
         assert run(Payload(server.url, double, 0))
         for origin in connection.clock_offsets:  # by its reply alone the clock may be a moment off
@@ -254,9 +255,9 @@ class TestOutcome:
     def test_a_copy_of_what_this_process_has_begun_is_asked_for(
         self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(session, "FRESH", 0.0)
-        monkeypatch.setattr(session, "RECENT", 60.0)
-        monkeypatch.setattr(session, "SETTLED", 3600.0)
+        monkeypatch.setattr(starting, "FRESH", 0.0)
+        monkeypatch.setattr(starting, "RECENT", 60.0)
+        monkeypatch.setattr(starting, "SETTLED", 3600.0)
         server.script["events"].extend([Answer(204, {"Wove-Withdrawn": "7"})] * 4)
         assert run(Payload(server.url, double, 0))
         payload = Payload(server.url, double, 21, withdrawn=7)
@@ -268,9 +269,9 @@ class TestOutcome:
     def test_what_waited_long_is_asked_for(
         self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(session, "RECENT", 60.0)
-        monkeypatch.setattr(session, "FRESH", 0.0)
-        monkeypatch.setattr(session, "SETTLED", 0.0)
+        monkeypatch.setattr(starting, "RECENT", 60.0)
+        monkeypatch.setattr(starting, "FRESH", 0.0)
+        monkeypatch.setattr(starting, "SETTLED", 0.0)
         server.script["events"].extend([Answer(204, {"Wove-Withdrawn": "7"})] * 2)
         assert run(Payload(server.url, double, 0))
         waiting = Payload(server.url, double, 21, withdrawn=7)
@@ -332,7 +333,7 @@ class TestOutcome:
 
     def test_a_cancellation_that_nobody_asked_for_is_an_error(self, server: FakeCallbackServer) -> None:
         payload = Payload(server.url, cancel_itself)
-        with pytest.raises(execution.TaskCancelledItself):
+        with pytest.raises(TaskCancelledItself):
             run(payload)
         assert outcome(server, payload)["error"]["kind"] == "TaskCancelledItself"
 
@@ -702,7 +703,7 @@ class TestFence:
         ]
 
     def test_no_answer_in_time(self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(session, "ASK_TIMEOUT", 0.1)
+        monkeypatch.setattr(starting, "ASK_TIMEOUT", 0.1)
         never = threading.Event()
         payload = Payload(server.url, double, 21)
         server.script["events"].append(Answer(after=never))

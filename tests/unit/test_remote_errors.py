@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -50,6 +51,34 @@ class Disguised(Exception):
 
     def __reduce__(self) -> tuple[type[Exception], tuple[str]]:
         return (KeyError, ("not what it was",))
+
+
+class HostAbort(BaseException):
+    """As a host raises it in a task whose time is up."""
+
+
+def strike(kind: type[BaseException]) -> NoReturn:
+    """What unpickling a :class:`Struck` calls."""
+    raise kind
+
+
+class Struck(Exception):
+    """Something strikes while it is pickled, or unpickled."""
+
+    def __init__(self, kind: type[BaseException], *, unpickling: bool = False) -> None:
+        super().__init__(kind)
+        self.kind = kind
+        self.unpickling = unpickling
+
+    def __reduce__(self) -> Any:
+        if self.unpickling:
+            return strike, (self.kind,)
+        raise self.kind
+
+
+#: What code raises by itself, and what only strikes there.
+BY_CODE = [ValueError, SystemExit, GeneratorExit, asyncio.CancelledError]
+FROM_OUTSIDE = [KeyboardInterrupt, HostAbort]
 
 
 @dataclass(frozen=True)
@@ -227,6 +256,18 @@ class TestEncoding:
         assert entry["kind"] == "ValueError"
         assert all(type(note) is str for note in entry["notes"])
 
+    @pytest.mark.parametrize("unpickling", [False, True], ids=["pickled", "unpickled"])
+    @pytest.mark.parametrize("kind", BY_CODE)
+    def test_what_its_code_raises_leaves_the_text(self, kind: type[BaseException], unpickling: bool) -> None:
+        (entry,) = encode_exception(Struck(kind, unpickling=unpickling), [])
+        assert entry["kind"] == "Struck"
+
+    @pytest.mark.parametrize("unpickling", [False, True], ids=["pickled", "unpickled"])
+    @pytest.mark.parametrize("kind", FROM_OUTSIDE)
+    def test_what_strikes_meanwhile_is_raised(self, kind: type[BaseException], unpickling: bool) -> None:
+        with pytest.raises(kind):
+            encode_exception(Struck(kind, unpickling=unpickling), [])
+
     def test_a_text_that_cannot_be_had_is_replaced(self) -> None:
         (entry,) = encode_exception(ValueError(HostileText()), [])
         assert entry["message"] == "<ValueError: its text failed with LookupError>"
@@ -289,6 +330,24 @@ class TestDecoding:
     def test_a_class_that_does_not_exist_here_is_none(self) -> None:
         raw = b"cwove_no_such_module\nError\n."
         assert decode_exception([{"kind": "Error", "value": ["pickle", 0, 1]}], [memoryview(raw)]) is None
+
+    @pytest.mark.parametrize("kind", BY_CODE)
+    def test_what_unpickling_raises_leaves_none(self, kind: type[BaseException]) -> None:
+        descriptor, views = one_value(Struck(kind, unpickling=True))
+        assert decode_exception([{"kind": "Struck", "value": descriptor}], views) is None
+
+    @pytest.mark.parametrize("kind", FROM_OUTSIDE)
+    def test_what_strikes_meanwhile_is_raised(self, kind: type[BaseException]) -> None:
+        descriptor, views = one_value(Struck(kind, unpickling=True))
+        with pytest.raises(kind):
+            decode_exception([{"kind": "Struck", "value": descriptor}], views)
+
+    def test_ctrl_c_strikes_in_the_main_thread_alone(self) -> None:
+        # In the callback listener's thread it would end the loop, and with it the runs of everybody.
+        descriptor, views = one_value(Struck(KeyboardInterrupt, unpickling=True))
+        with ThreadPoolExecutor(1) as pool:
+            decoded = pool.submit(decode_exception, [{"kind": "Struck", "value": descriptor}], views)
+            assert decoded.result() is None
 
     def test_an_exception_that_lets_nothing_be_set_is_an_exception_or_none(self) -> None:
         back = across(raised(Frozen(7), cause=KeyError("inner")))

@@ -1,4 +1,4 @@
-"""What a running task can learn and say about its own run."""
+"""What a running task can learn and say about its own run, and how others cancel it."""
 
 from __future__ import annotations
 
@@ -60,6 +60,30 @@ class RunContext:
     def _send(self, kind: str, **fields: Any) -> None:
         if self._emit is not None:
             self._emit(kind, **fields)
+
+
+class Cancellable:
+    """A run, as those see it who may cancel it.
+
+    Attributes:
+        context: the running task's view of it.
+        on_cancel: stops what is executed, where that can be stopped.
+    """
+
+    __slots__ = ("context", "on_cancel")
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+        self.on_cancel: Callable[[], None] | None = None
+
+    def cancel(self) -> None:
+        """The caller no longer wants the result. Callable from any thread."""
+        if self.context.cancelled:
+            return
+        self.context.cancelled = True
+        stop = self.on_cancel  # a task that ends at this moment takes it away
+        if stop is not None:
+            stop()
 
 
 _current: ContextVar[RunContext] = ContextVar("wove_run")

@@ -5,67 +5,19 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from wove.errors import ConfigurationError, PayloadRejectedError, WoveError
-from wove.refusals import count_refusal
+from wove.errors import PayloadRejectedError, WoveError, is_cancellation
 from wove.worker.assignment import Assignment
+from wove.worker.calls import load_call, note_refusal, report_failure
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
-from wove.worker.fetching import FetchFailed, NotWanted
-from wove.worker.hooks import BackendHooks
+from wove.worker.hooks import BackendHooks, keep
 from wove.worker.pace import measured
 from wove.worker.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Protocol
-
-    from wove.worker.context import RunContext
-
-    class Job(Protocol):
-        """What is to be called; an :class:`Assignment` is one."""
-
-        task_id: str
-
-        def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-            """Return the callable, its positional and its keyword arguments."""
-            ...
-
-    class Execution(Protocol):
-        """One execution and where its outcome goes; a :class:`Session` is one."""
-
-        context: RunContext
-        on_cancel: Callable[[], None] | None
-        worker: dict[str, Any]
-
-        @property
-        def assignment(self) -> Job:
-            """What is to be called."""
-            ...
-
-        def fail(self, exc: BaseException, *, source: str = "task") -> None:
-            """Deliver an error."""
-            ...
-
-        def acknowledge_cancel(self) -> None:
-            """Deliver that the task was cancelled."""
-            ...
-
-        def lost(self, message: str) -> None:
-            """Deliver that the delivery failed, and not the task."""
-            ...
-
-    class Cancellable(Protocol):
-        """What a coroutine has to know of its execution."""
-
-        context: RunContext
-        on_cancel: Callable[[], None] | None
-
 
 logger = logging.getLogger("wove.worker")
-
-
-class TaskCancelledItself(RuntimeError):
-    """An ``async`` task raised CancelledError although nobody had cancelled it."""
 
 
 def run(
@@ -119,6 +71,8 @@ def run(
             with bind(session.context), measured(session.assignment.function):
                 result = call()
                 if hasattr(result, "__await__"):
+                    from wove.worker.coroutines import drive
+
                     result = drive(result, session)
         except BaseException as exc:
             _report_failure(session, exc, hooks)
@@ -140,6 +94,8 @@ async def arun(
     """
     import asyncio
     import contextvars
+
+    from wove.worker.coroutines import supervise
 
     hooks = hooks or BackendHooks()
     session = await _in_thread(_open, payload, backend)
@@ -215,64 +171,6 @@ def _open(payload: bytes | str, backend: Mapping[str, Any] | None) -> Session:
     return session
 
 
-def note_refusal(exc: WoveError, message: str, *args: object) -> None:
-    """Count the refusal of a payload, and log it; the record has its reason as ``wove_refusal``."""
-    if isinstance(exc, PayloadRejectedError):
-        reason = exc.reason
-    else:
-        reason = "settings" if isinstance(exc, ConfigurationError) else "malformed"
-    count_refusal(f"payload:{reason}")
-    logger.error(message, *args, extra={"wove_refusal": reason})
-
-
-class _Call:
-    """The user's function with its arguments."""
-
-    __slots__ = ("_args", "_kwargs", "func")
-
-    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.func = func
-        self._args = args
-        self._kwargs = kwargs
-
-    def __call__(self) -> Any:
-        return self.func(*self._args, **self._kwargs)
-
-
-def load_call(session: Execution, hooks: BackendHooks | None = None) -> _Call | None:
-    """Return the call, or None for a run that is not wanted any more."""
-    try:
-        return _Call(*session.assignment.load())
-    except NotWanted:
-        session.acknowledge_cancel()
-        return None
-    except FetchFailed as exc:
-        # The delivery failed, and not the task: it may be made again.
-        session.lost(str(exc))
-        return None
-    except PayloadRejectedError as exc:
-        note_refusal(exc, "payload of task %s rejected: %s", session.assignment.task_id, exc)
-        if hooks is not None:
-            hooks.ends(None, exc, source="worker")
-        session.fail(exc, source="worker")
-        raise
-    except BaseException as exc:
-        exc.add_note(cannot_load(session.worker, session.assignment.task_id))
-        if hooks is not None:
-            hooks.ends(None, exc, source="worker")
-        session.fail(exc, source="worker")
-        raise
-
-
-def cannot_load(worker: Mapping[str, Any], task_id: str) -> str:
-    """Say what mends a call that its worker cannot load."""
-    return (
-        f"the worker on {worker['host']} (pid {worker['pid']}) could not load {task_id} "
-        "or its arguments: install the code there that the submitter has (or set PYTHONPATH), or send it by value "
-        "with cloudpickle.register_pickle_by_value(module)"
-    )
-
-
 def _report_result(session: Session, result: Any, hooks: BackendHooks) -> None:
     """Deliver the result, or say that the backend will run the payload again; keep it if nobody takes it."""
     if hooks.runs_again(result):
@@ -286,19 +184,6 @@ def _report_result(session: Session, result: Any, hooks: BackendHooks) -> None:
         keep(session, hooks, result=result)
 
 
-def keep(
-    session: Session, hooks: BackendHooks, *, result: Any = None, failure: BaseException | None = None
-) -> None:
-    """Let the backend keep an outcome that nobody took."""
-    try:
-        if session.parked is not None:
-            hooks.park(session.parked)
-        if session.unclaimed:
-            hooks.keep(result, failure)
-    except Exception:
-        logger.exception("the outcome of run %s was not kept by the backend", session.assignment.run_id)
-
-
 def _report_failure(session: Session, exc: BaseException, hooks: BackendHooks) -> None:
     """Deliver the failure and raise it, or say that the backend will run the payload again."""
     wanted = not (session.context.cancelled and is_cancellation(exc))
@@ -310,85 +195,3 @@ def _report_failure(session: Session, exc: BaseException, hooks: BackendHooks) -
     except BaseException as reported:
         keep(session, hooks, failure=reported)
         raise
-
-
-def report_failure(session: Execution, exc: BaseException, hooks: BackendHooks | None = None) -> None:
-    """Deliver the failure, then raise it, unless it was the cancellation that was asked for."""
-    if is_cancellation(exc):
-        if session.context.cancelled:
-            session.acknowledge_cancel()
-            return
-        failure = TaskCancelledItself("the task raised CancelledError although nobody had cancelled it")
-        failure.__cause__ = exc
-        exc = failure
-    if hooks is not None:
-        hooks.ends(None, exc)
-    session.fail(exc)
-    raise exc
-
-
-def is_cancellation(exc: BaseException) -> bool:
-    """Tell whether it is asyncio's CancelledError."""
-    import sys
-
-    # Only a process that has loaded asyncio can have raised its CancelledError.
-    module = sys.modules.get("asyncio")
-    return module is not None and isinstance(exc, module.CancelledError)
-
-
-def drive(awaitable: Any, session: Cancellable) -> Any:
-    """Run a coroutine to its end on an event loop of its own."""
-    import asyncio
-    import contextvars
-    import threading
-
-    def on_own_loop() -> Any:
-        with asyncio.Runner() as runner:
-            return runner.run(supervise(awaitable, session))
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return on_own_loop()
-    # This thread is inside another loop: the task's loop gets a thread to itself.
-    outcome: list[Any] = []
-    scope = contextvars.copy_context()
-
-    def capture() -> None:
-        try:
-            outcome.append((scope.run(on_own_loop), None))
-        except BaseException as exc:
-            outcome.append((None, exc))
-
-    thread = threading.Thread(target=capture, name="wove-task", daemon=True)
-    thread.start()
-    thread.join()
-    result, exc = outcome[0]
-    if exc is not None:
-        raise exc
-    return result
-
-
-async def supervise(awaitable: Any, session: Cancellable) -> Any:
-    """Await in a task that the courier can cancel."""
-    import asyncio
-
-    async def body() -> Any:
-        return await awaitable
-
-    loop = asyncio.get_running_loop()
-    task = loop.create_task(body())
-
-    def cancel() -> None:
-        try:
-            loop.call_soon_threadsafe(task.cancel)
-        except RuntimeError:
-            pass  # the loop has ended meanwhile
-
-    session.on_cancel = cancel
-    if session.context.cancelled:  # it came between the start and this line
-        task.cancel()
-    try:
-        return await task
-    finally:
-        session.on_cancel = None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wove.worker.session import Session
+
+logger = logging.getLogger("wove.worker")
 
 
 class BackendHooks:
@@ -41,3 +44,16 @@ class BackendHooks:
 
     def keep(self, result: Any, failure: BaseException | None) -> None:
         """Keep the outcome of work that nobody waits for, as the backend keeps results of its own."""
+
+
+def keep(
+    session: Session, hooks: BackendHooks, *, result: Any = None, failure: BaseException | None = None
+) -> None:
+    """Let the backend keep an outcome that nobody took."""
+    try:
+        if session.parked is not None:
+            hooks.park(session.parked)
+        if session.unclaimed:
+            hooks.keep(result, failure)
+    except Exception:
+        logger.exception("the outcome of run %s was not kept by the backend", session.assignment.run_id)

@@ -130,9 +130,9 @@ def offer(
             refused = reply.status in (400, 401, 404)
             refusals += refused
             # A gateway in between may answer so for a moment.
-            wait_for = random.uniform(*REFUSED_DELAY) if refused else retry_after(reply)  # noqa: S311
+            wait_for = random.uniform(*REFUSED_DELAY) if refused else retry_after(reply)  # noqa: S311 - no secret
         ceiling = max(FIRST_DELAY, (time.monotonic() - begun) * DELAY_SHARE)
-        delay = wait_for or random.uniform(0, min(LONGEST_DELAY, ceiling))  # noqa: S311
+        delay = wait_for or random.uniform(0, min(LONGEST_DELAY, ceiling))  # noqa: S311 - no secret
         # The last offer is made when the time is up, not before.
         left = give_up - time.monotonic()
         if refusals >= _MAX_REFUSALS or left <= 0:
@@ -155,4 +155,4 @@ def retry_after(reply: Reply) -> float | None:
         asked = float(reply.headers.get("retry-after", ""))
     except ValueError:
         return None
-    return min(30.0, max(0.05, asked)) * random.uniform(0.5, 1.0)  # noqa: S311
+    return min(30.0, max(0.05, asked)) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret

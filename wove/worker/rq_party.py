@@ -8,7 +8,7 @@ from typing import Any
 from wove.backend import JOINED, shared_name
 from wove.errors import WoveError
 from wove.worker.assignment import Assignment
-from wove.worker.execution import note_refusal
+from wove.worker.calls import note_refusal
 
 logger = logging.getLogger("wove.worker")
 

@@ -13,15 +13,15 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from wove.errors import PayloadRejectedError, normalize_exception
-from wove.remote_errors import encode_exception
+from wove.errors import PayloadRejectedError
 from wove.wire import PARKED
 from wove.worker.assignment import Assignment
 from wove.worker.courier import courier_for
 from wove.worker.execution import run as _run
+from wove.worker.outcomes import encode_error, encode_result
 from wove.worker.rq import PARKED_SECONDS, RqHooks
 from wove.worker.rq_party import Party
-from wove.worker.session import Session, encode_result
+from wove.worker.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -258,18 +258,14 @@ class SharedJob(RqHooks):
             try:
                 described = encode_result(result, attachments, plain=plain)
             except BaseException as exc:
-                failure, source, attachments = exc, "worker", []
+                failure, source = exc, "worker"
         if failure is None:
             for session in sessions:
                 self._tell(session, partial(session.deliver_result, described, attachments))
             return
-        error = normalize_exception(failure, source=source)
-        try:
-            described = encode_exception(failure, attachments, plain=plain)
-        except Exception:
-            described, attachments = [], []
+        told = encode_error(failure, source=source, plain=plain)
         for session in sessions:
-            self._tell(session, partial(session.deliver_error, error, described, attachments))
+            self._tell(session, partial(session.deliver_error, *told))
 
     def park(self, outcome: bytes) -> None:
         """Keep a signed outcome in the job's own hash; those of several runs side by side."""

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from wove import frames
 from wove.errors import EncodeError, lost, normalize_exception
 from wove.security import event_tag, reply_tag, same
-from wove.wire import encode_value, pack_message, park
-from wove.worker import offering
-from wove.worker.connection import Reply, clock_offset, request, withdrawals
-from wove.worker.context import RunContext
-from wove.worker.offering import offer, patience, retry_after
+from wove.wire import pack_message, park
+from wove.worker import offering, starting
+from wove.worker.connection import Reply, clock_offset, request
+from wove.worker.context import Cancellable, RunContext
+from wove.worker.offering import offer, patience
+from wove.worker.outcomes import encode_error, encode_result
 from wove.worker.pace import is_short
 
 if TYPE_CHECKING:
@@ -28,19 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("wove.worker")
 
-#: A payload younger than this, in seconds, starts without asking: hardly anybody had time to cancel it.
-FRESH = 0.01
-#: A payload younger than this, in seconds, also starts without asking when its callback server has taken no
-#: run back since it was made, as one of its replies has told within so many seconds.
-SETTLED = 30.0
-RECENT = 0.02
-#: Seconds by which a deadline must be over, where the submitter's clock is known and where not.
-OVERDUE_KNOWN = 2.0
-OVERDUE_UNKNOWN = 10.0
-#: Seconds that asking for leave to start may take; without an answer the task is run.
-ASK_TIMEOUT = 5.0
-#: Seconds for which a worker is asked to wait at most, because another one may be at the same run.
-ASK_PATIENCE = 10.0
 #: Bytes of an outcome that a backend is asked to keep at most.
 MAX_PARKED = 64 * 1024 * 1024
 #: Seconds for which the refusal of a payload is offered.
@@ -58,13 +46,9 @@ ENVELOPE_ALLOWANCE = 64 * 1024
 MAX_PENDING = 1_000
 
 CONTENT_TYPE = "application/msgpack"
-#: Runs that this process remembers to have begun: copies of them are asked for.
-MAX_BEGUN = 4096
-
-_begun: set[str] = set()
 
 
-class Session:
+class Session(Cancellable):
     """Numbers, signs and sends the events of one execution of a run.
 
     Args:
@@ -73,11 +57,11 @@ class Session:
     """
 
     def __init__(self, assignment: Assignment, backend: Mapping[str, str] | None = None) -> None:
+        super().__init__(RunContext(assignment.run_id, assignment.task_id, assignment.attempt, self.emit))
         self.assignment = assignment
         self.execution = os.urandom(8).hex()
         self.begun = time.monotonic()
         self.beats = 0
-        self.context = RunContext(assignment.run_id, assignment.task_id, assignment.attempt, self.emit)
         #: The callback server does not know the run (any more): no beats for it.
         self.unwanted = False
         #: An outcome that could not be delivered, signed, for the backend to keep.
@@ -86,7 +70,6 @@ class Session:
         self.unclaimed = False
         #: Another worker is at the run: this one has nothing to do with it.
         self.elsewhere = False
-        self.on_cancel: Callable[[], None] | None = None
         #: Called when a frame waits to be sent; set by the courier.
         self.notify: Callable[[], None] | None = None
         self.worker: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), **(backend or {})}
@@ -127,56 +110,15 @@ class Session:
         self._retry = redelivered if type(redelivered) is int else 0
         offset = clock_offset(self.assignment.origin)
         unseen = unseen and not is_short(self.assignment.function)
-        settled = self._nothing_withdrawn()
-        unasked = offset is not None and not (redelivered or self.assignment.ask or unseen)
-        age = time.time() + (offset or 0.0) - self.assignment.sent_at
-        if unasked and (abs(age) < FRESH or (abs(age) < SETTLED and settled)):
+        if starting.is_wanted(self.assignment, offset, doubted=bool(redelivered) or unseen):
             return True
-        # Also what seems to be long over: by clocks alone nothing is skipped, for they may have been set meanwhile.
-        return self._ask(offset)
+        told = starting.ask(self._ask, self.assignment, offset)
+        self._started, self.elsewhere = told.noted, told.elsewhere
+        return told.given
 
-    def _nothing_withdrawn(self) -> bool:
-        """Tell whether no run was cancelled, closed or submitted again since the payload was made."""
-        task = self.assignment
-        copy = task.run_id in _begun
-        if len(_begun) >= MAX_BEGUN:
-            _begun.clear()
-        _begun.add(task.run_id)
-        # What others share, or what outlives its submitter, is another matter.
-        if copy or task.withdrawn is None or task.shared_by is not None or task.keep:
-            return False
-        told_at, withdrawn = withdrawals.get(task.origin, (0.0, ""))
-        return withdrawn == str(task.withdrawn) and time.monotonic() - told_at < RECENT
-
-    def _ask(self, offset: float | None) -> bool:
-        tolerance = OVERDUE_UNKNOWN if offset is None else OVERDUE_KNOWN
-        give_up = time.monotonic() + ASK_PATIENCE
-        while True:
-            frame = self._frame(frames.TASK_STARTED, fence=True, retry=self._retry)
-            try:
-                reply = self._post([frame], [], final=False, timeout=ASK_TIMEOUT)
-            except Exception as exc:
-                if self.assignment.overdue(offset or 0.0, tolerance):
-                    logger.info(
-                        "run %s is not started: its deadline is over, its caller gone", self.assignment.run_id
-                    )
-                    return False
-                logger.info("run %s starts unasked: %s: %s", self.assignment.run_id, type(exc).__name__, exc)
-                return True
-            if reply.status == 503 and time.monotonic() < give_up:
-                # Another worker was at this run a moment ago; whether it lives will be known soon.
-                time.sleep(retry_after(reply) or 0.5)
-                continue
-            break
-        self._started = reply.status < 300
-        if reply.status == 409:
-            logger.info("run %s is not started: another worker is at it", self.assignment.run_id)
-            self.elsewhere = True
-            return False
-        if reply.status == 410:
-            # Work that is kept when its submitter goes is not over because that has gone.
-            return self.assignment.keep and "wove-ended" not in reply.headers
-        return True
+    def _ask(self, timeout: float) -> Reply:
+        frame = self._frame(frames.TASK_STARTED, fence=True, retry=self._retry)
+        return self._post([frame], [], final=False, timeout=timeout)
 
     # --- during the task ------------------------------------------------------
 
@@ -196,14 +138,6 @@ class Session:
 
     def withdraw(self, text: str) -> None:
         """Take in which runs of a batch are not wanted any more; this is none."""
-
-    def cancel(self) -> None:
-        """The caller no longer wants the result."""
-        if self.context.cancelled:
-            return
-        self.context.cancelled = True
-        if self.on_cancel is not None:
-            self.on_cancel()
 
     @property
     def started(self) -> bool:
@@ -299,19 +233,10 @@ class Session:
 
     def fail(self, exc: BaseException, *, source: str = "task") -> None:
         """Deliver an error."""
-        attachments: list[Buffer] = []
-        error = normalize_exception(exc, source=source)
-        try:
-            # Not with this module: a forking worker would load it for each job that ends well.
-            from wove.remote_errors import encode_exception
-
-            described = encode_exception(exc, attachments, plain=self.assignment.plain)
-        except Exception:
-            described, attachments = [], []
-        self.deliver_error(error, described, attachments)
+        self.deliver_error(*encode_error(exc, source=source, plain=self.assignment.plain))
 
     def deliver_error(self, error: Mapping[str, Any], described: Any, attachments: list[Buffer]) -> None:
-        """Deliver an error as :func:`normalize_exception` and :func:`encode_exception` have described it."""
+        """Deliver an error as :func:`wove.worker.outcomes.encode_error` has described it."""
         if self._finish(frames.TASK_ERROR, attachments, error=error, exception=described) == 413:
             self._finish(frames.TASK_ERROR, [], error=error)
 
@@ -401,6 +326,10 @@ class Session:
                 source="worker",
             )
             body = self._body([self._frame(frames.TASK_ERROR, error=error)], [])
+        return self._sealed(body)
+
+    def _sealed(self, body: list[Buffer]) -> bytes:
+        """Return as one signed blob what would have been sent."""
         task = self.assignment
         return park(task.kid, event_tag(task.key, task.run_id, CONTENT_TYPE, True, body), body)
 
@@ -416,8 +345,8 @@ class Session:
         task = self.assignment
         return frames.event(frames.TASK_STARTED, task.run_id, task.task_id, task.attempt, 1)
 
-    def _body(self, batch: list[frames.Frame], attachments: Sequence[Buffer]) -> list[Buffer]:
-        envelope = {"v": 1, "execution": self.execution, "worker": self.worker, "frames": batch}
+    def _body(self, batch: list[frames.Frame], attachments: Sequence[Buffer], **more: Any) -> list[Buffer]:
+        envelope = {"v": 1, "execution": self.execution, "worker": self.worker, "frames": batch, **more}
         return pack_message(envelope, attachments)
 
     def _post(
@@ -441,22 +370,10 @@ class Session:
     def _heed(self, reply: Reply, tag: bytes) -> None:
         """Take in what a reply says beside its status."""
         cancel = reply.headers.get("wove-cancel")
-        if cancel is not None and _signed(cancel, reply_tag(self.assignment.key, tag, b"cancel")):
+        if cancel is not None and self._is_signed(cancel, tag, b"cancel"):
             self.cancel()
 
-
-def encode_result(result: Any, attachments: list[Buffer], *, plain: bool) -> list[Any]:
-    """Encode a result; as plain data only where its submitter or this worker wants that.
-
-    Raises:
-        EncodeError: it cannot be sent; says why.
-    """
-    if not plain:
-        return encode_value(result, attachments)
-    from wove.no_pickle import encode_plain
-
-    return encode_plain(result, attachments, setting='"pickle": False there, or WOVE_ALLOW here')
-
-
-def _signed(given: str, expected: bytes) -> bool:
-    return same(expected.hex().encode(), given.encode("ascii", "replace"))
+    def _is_signed(self, given: str, tag: bytes, text: bytes) -> bool:
+        """Tell whether the callback server says ``text`` in reply to what was sent with ``tag``."""
+        expected = reply_tag(self.assignment.key, tag, text)
+        return same(expected.hex().encode(), given.encode("ascii", "replace"))

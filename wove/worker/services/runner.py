@@ -22,13 +22,14 @@ from wove.no_pickle import decode_plain, encode_plain
 from wove.remote_errors import encode_exception
 from wove.threads import DaemonPool, in_thread
 from wove.wire import decode_callable, decode_value, encode_value, pack_message
-from wove.worker.context import RunContext, bind
-from wove.worker.execution import load_call, report_failure, supervise
+from wove.worker.calls import load_call, report_failure
+from wove.worker.context import Cancellable, RunContext, bind
+from wove.worker.coroutines import supervise
 from wove.worker.services.engine import DEFAULT_THREADS
 from wove.worker.services.output import finish_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Coroutine
     from concurrent.futures import Future
 
     from typing_extensions import Buffer
@@ -125,8 +126,8 @@ class Runner:
         self.outcomes.close()
 
 
-class Run:
-    """One run, as :class:`wove.worker.execution.Execution`, and as the job it executes."""
+class Run(Cancellable):
+    """One run, as :class:`wove.worker.calls.Execution`, and as the job it executes."""
 
     def __init__(self, runner: Runner, packet: Packet, emit: Emit) -> None:
         envelope = packet.envelope
@@ -138,8 +139,8 @@ class Run:
         if isinstance(heartbeat, (int, float)) and heartbeat > 0:
             self.beat_every = min(BEAT_SECONDS, heartbeat / 3)
         self.next_beat = 0.0
-        self.context = RunContext(self.run_id, self.task_id, self._attempt, self._report)
-        self.on_cancel: Callable[[], None] | None = None
+        super().__init__(RunContext(self.run_id, self.task_id, self._attempt, self._report))
+        self.on_cancel = self._take_back
         #: How its callable is described, and what is set at its end where another thread reads on meanwhile.
         self.described = envelope.get("callable")
         self.relieved = _NOBODY
@@ -183,7 +184,7 @@ class Run:
             self.succeed(result)
 
     def load(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """Return the callable and its arguments; see :class:`wove.worker.execution.Job`."""
+        """Return the callable and its arguments; see :class:`wove.worker.calls.Job`."""
         packet, self._packet = self._packet, None
         if packet is None:
             raise RuntimeError("loaded twice")
@@ -269,14 +270,9 @@ class Run:
         """Deliver that the delivery failed, and not the task."""
         self._finish(frames.TASK_ERROR, [], error=lost(message))
 
-    def cancel(self) -> None:
-        """The caller no longer wants the result."""
-        if self.context.cancelled:
-            return
-        self.context.cancelled = True
-        if self.on_cancel is not None:
-            self.on_cancel()
-        elif self.future is not None and self.future.cancel():
+    def _take_back(self) -> None:
+        """Have it not executed, if it still waits for a thread; a coroutine is stopped otherwise once it runs."""
+        if self.future is not None and self.future.cancel():
             self.acknowledge_cancel()
 
     def beat(self) -> None:
