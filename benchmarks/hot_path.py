@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trips", type=int, default=100)
-    parser.add_argument("--preload", action="store_true", help="RQ: import wove.worker.rq in the parent")
+    parser.add_argument("--preload", metavar="MODULE", help="RQ: what the parent imports before it forks")
     arguments = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -221,7 +221,7 @@ def main() -> None:
 
             command = [str(Path(sys.executable).parent / "rq"), "worker", "-u", url, "--quiet"]
             if arguments.preload:
-                command += ["-c", "wove.worker.rq"]
+                command += ["-c", arguments.preload]
             raw = raw_rq(Queue(connection=connection), hot_path_tasks.noop)
             config = {"redis_url": url}
         worker = stack.enter_context(process(command, folder / "worker", **variables))

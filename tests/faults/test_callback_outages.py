@@ -93,7 +93,9 @@ class TestRow09Down:
             asyncio.ensure_future(asyncio.gather(*(fleet.run(tasks.double, n) for n in range(share))))
             for fleet, share in zip(fleets, shares, strict=True)
         ]
-        await until(lambda: any(fleet._dispatcher._reception.taken for fleet in fleets), "the first result is in")
+        await until(
+            lambda: any(fleet._dispatcher._reception.taken for fleet in fleets), "the first result is in"
+        )
         proxy.down()
         await asyncio.wait(running, timeout=seconds)
         assert not any(each.done() for each in running)

@@ -214,6 +214,15 @@ def _connection(origin: str, *, fresh: bool) -> tuple[HTTPConnection, bool]:
     return connection, connection.sock is not None
 
 
+def forget(origin: str) -> None:
+    """Close this thread's connection to an origin, and remember nothing of it."""
+    connection = getattr(_local, "connections", {}).pop(origin, None)
+    if connection is not None:
+        connection.close()
+    for known in (clock_offsets, withdrawals, down_since):
+        known.pop(origin, None)
+
+
 def send(
     connection: HTTPConnection,
     method: str,

@@ -86,6 +86,13 @@ class Courier:
             if self._thread is not None:
                 self._wake()
 
+    def end(self, seconds: float) -> None:
+        """End the thread as soon as no task runs, and wait for that so long at most."""
+        thread = self._thread
+        self.retire_soon()
+        if thread is not None:
+            thread.join(seconds)
+
     def remove(self, session: Session) -> None:
         """Take care of a session no longer."""
         with self._lock:
@@ -218,6 +225,14 @@ def retire(origin: str) -> None:
         courier = _couriers.get(origin)
     if courier is not None:
         courier.retire_soon()
+
+
+def dismiss(origin: str, seconds: float) -> None:
+    """End this process's courier to an origin, and wait so long at most until its thread has ended."""
+    with _couriers_lock:
+        courier = _couriers.pop(origin, None)
+    if courier is not None:
+        courier.end(seconds)
 
 
 def _forget() -> None:
