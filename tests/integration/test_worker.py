@@ -33,8 +33,9 @@ from wove.refusals import refusals as counted
 from wove.remote_errors import decode_exception
 from wove.security import find_secrets, open_payload, seal_payload
 from wove.wire import pack_message, unpack_message
-from wove.worker import arun, beats, connection, courier, execution, offering, starting
+from wove.worker import arun, beats, connection, courier, execution, offering, session, starting
 from wove.worker.calls import TaskCancelledItself
+from wove.worker.hooks import BackendHooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -168,6 +169,33 @@ def loop_and_thread() -> tuple[int, int]:
 
 async def loop_and_thread_async() -> tuple[int, int]:
     return threading.get_ident(), id(asyncio.get_running_loop())
+
+
+class SoftTimeLimitExceeded(Exception):
+    """Named as Celery's, which strikes wherever the main thread is."""
+
+
+class Keeps(BackendHooks):
+    """Keeps outcomes."""
+
+    def __init__(self) -> None:
+        self.parked: list[bytes] = []
+
+    def park(self, outcome: bytes) -> None:
+        self.parked.append(outcome)
+
+
+def strike_once(monkeypatch: pytest.MonkeyPatch, *, after: int = 0) -> None:
+    """Have a time limit strike in the middle of a request."""
+    left = [True] * after + [False]
+
+    def request(*args: Any, **options: Any) -> Any:
+        if left and not left.pop(0):
+            raise SoftTimeLimitExceeded
+        return real(*args, **options)
+
+    real = session.request
+    monkeypatch.setattr(session, "request", request)
 
 
 def run(payload: Payload, **options: Any) -> bool:
@@ -330,6 +358,24 @@ class TestOutcome:
         with pytest.raises(SystemExit):
             run(payload)
         assert outcome(server, payload)["error"]["kind"] == "SystemExit"
+
+    def test_a_time_limit_that_strikes_while_it_asks_is_its_error(
+        self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        strike_once(monkeypatch)
+        payload = Payload(server.url, double, 1)
+        with pytest.raises(SoftTimeLimitExceeded):
+            run(payload)
+        assert outcome(server, payload)["error"]["kind"] == "SoftTimeLimitExceeded"
+
+    def test_an_outcome_that_a_time_limit_interrupts_is_kept(
+        self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        strike_once(monkeypatch, after=1)  # the question for leave goes through
+        payload, hooks = Payload(server.url, double, 1), Keeps()
+        with pytest.raises(SoftTimeLimitExceeded):
+            execution.run(payload.blob, hooks=hooks)
+        assert len(hooks.parked) == 1
 
     def test_a_cancellation_that_nobody_asked_for_is_an_error(self, server: FakeCallbackServer) -> None:
         payload = Payload(server.url, cancel_itself)

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 ORIGIN = "http://submitter:1"
 
 
+class SoftTimeLimitExceeded(Exception):
+    """Named as Celery's, which strikes wherever the main thread is."""
+
+
 class PausingClock(Clock):
     """A clock that remembers for how long somebody slept."""
 
@@ -93,6 +97,12 @@ class TestOffers:
         reply = offer(server, task(), 300)
         assert reply is not None
         assert (reply.status, server.asked, clock.pauses) == (status, 1, [])
+
+    def test_a_time_limit_of_the_backend_is_no_trouble_of_the_network(self, clock: PausingClock) -> None:
+        server = Server(SoftTimeLimitExceeded(), 204)
+        with pytest.raises(SoftTimeLimitExceeded):
+            offer(server, task(), 300)
+        assert (server.asked, clock.pauses, offering.down_since) == (1, [], {})
 
     @pytest.mark.parametrize("status", [204, 410, 413])
     @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from wove.worker.batch_session import BatchSession
 from wove.worker.calls import cancelled_itself, explain_failed_load, load
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
-from wove.worker.hooks import keep
+from wove.worker.hooks import is_time_limit, keep
 from wove.worker.pace import measured
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from wove.worker.hooks import BackendHooks
 
 logger = logging.getLogger("wove.worker")
-
-#: Exceptions by which a backend says that the time of the whole message is up.
-_TIME_LIMITS = frozenset({"SoftTimeLimitExceeded", "TimeLimitExceeded", "JobTimeoutException"})
 
 
 def run_batch(
@@ -45,7 +42,13 @@ def run_batch(
             reported, so that the backend counts the message as failed.
     """
     session = BatchSession(assignment, backend)
-    if not session.may_start(redelivered=redelivered, unseen=hooks.unseen):
+    try:
+        wanted = session.may_start(redelivered=redelivered, unseen=hooks.unseen)
+    except BaseException as exc:
+        hooks.ends(None, exc)
+        session.fail(exc)
+        raise
+    if not wanted:
         logger.info("batch %s is not wanted (any more): skipped", assignment.run_id)
         hooks.refused(session)
         return False
@@ -145,5 +148,5 @@ class _Work:
         self._session.add_error(place, run_id, exc, source=source)
         if self.failure is None:
             self.failure = exc
-        if not isinstance(exc, Exception) or type(exc).__name__ in _TIME_LIMITS:
+        if not isinstance(exc, Exception) or is_time_limit(exc):
             raise exc  # the process, or the time of the message, is at its end

@@ -15,6 +15,7 @@ from wove.wire import pack_message
 from wove.worker.batch_news import News
 from wove.worker.batch_places import Places
 from wove.worker.context import Cancellable, RunContext
+from wove.worker.hooks import is_time_limit
 from wove.worker.offering import offer, patience
 from wove.worker.outcomes import encode_error
 from wove.worker.session import MAX_FRAMES, REPORT_AGAIN, REPORT_TIMEOUT, Session
@@ -225,16 +226,22 @@ class BatchSession(Session):
                 reply = self._send(body, final=bool(news.rows), timeout=REPORT_TIMEOUT)
                 taken = reply.status < 300 or reply.status == 410
             except Exception as exc:
+                if is_time_limit(exc):
+                    self._put_back(news)
+                    raise
                 logger.info("outcomes of batch %s wait: %s", self.assignment.run_id, exc)
                 taken = False
             self._exchanged = time.monotonic()
             if not taken:
                 self._exchange_again = self._exchanged + REPORT_AGAIN
-                with self._lock:
-                    self._news.put_back(news)
-                    self._pending[:0] = news.frames
+                self._put_back(news)
         finally:
             self._sending.release()
+
+    def _put_back(self, news: News) -> None:
+        with self._lock:
+            self._news.put_back(news)
+            self._pending[:0] = news.frames
 
     def deliver(self) -> None:
         """Deliver what is left, however long the callback server is away."""

@@ -56,7 +56,12 @@ def run(
         from wove.worker.batch import run_batch
 
         return run_batch(session.assignment, backend, hooks, redelivered=redelivered)
-    if not session.may_start(redelivered=redelivered, unseen=hooks.unseen):
+    try:
+        wanted = session.may_start(redelivered=redelivered, unseen=hooks.unseen)
+    except BaseException as exc:
+        _report_failure(session, exc, hooks)
+        return False
+    if not wanted:
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
         hooks.refused(session)
         return False

@@ -10,6 +10,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("wove.worker")
 
+#: Exceptions by which a backend says, in the middle of anything, that the time of a message is up.
+_TIME_LIMITS = frozenset({"SoftTimeLimitExceeded", "TimeLimitExceeded", "JobTimeoutException"})
+
+
+def is_time_limit(exc: BaseException) -> bool:
+    """Tell whether a backend's time limit has struck, wherever that was: no fault of what was being done."""
+    return any(kind.__name__ in _TIME_LIMITS for kind in type(exc).__mro__)
+
 
 class BackendHooks:
     """The backend's part in how an execution ends. This one has none: nothing is retried or kept.

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from wove.worker.connection import down_since
+from wove.worker.hooks import is_time_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,6 +112,8 @@ def offer(
         try:
             reply = post()
         except Exception as exc:
+            if is_time_limit(exc):
+                raise  # the task's time is up: its outcome is kept by the backend
             # Without a connection, or with a reply that is none of a callback server's.
             problem = f"{type(exc).__name__}: {exc}"
             if assignment.origin not in down_since:

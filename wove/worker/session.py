@@ -16,6 +16,7 @@ from wove.wire import pack_message, park
 from wove.worker import offering, starting
 from wove.worker.connection import Reply, clock_offset, request
 from wove.worker.context import Cancellable, RunContext
+from wove.worker.hooks import is_time_limit
 from wove.worker.offering import offer, patience
 from wove.worker.outcomes import encode_error, encode_result
 from wove.worker.pace import is_short
@@ -176,6 +177,8 @@ class Session(Cancellable):
             try:
                 return self._post(batch, [], final=False, timeout=REPORT_TIMEOUT).status < 300
             except Exception as exc:
+                if is_time_limit(exc):
+                    raise
                 logger.info("progress of run %s was not delivered: %s", self.assignment.run_id, exc)
                 with self._lock:
                     # Who is at it has to be known; progress may be lost.

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from wove.worker.connection import withdrawals
+from wove.worker.hooks import is_time_limit
 from wove.worker.offering import retry_after
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def ask(post: Callable[[float], Reply], task: Assignment, offset: float | None) 
         try:
             reply = post(ASK_TIMEOUT)
         except Exception as exc:
+            if is_time_limit(exc):
+                raise
             if task.overdue(offset or 0.0, OVERDUE_UNKNOWN if offset is None else OVERDUE_KNOWN):
                 logger.info("run %s is not started: its deadline is over, its caller gone", task.run_id)
                 return Leave(given=False)
