@@ -8,6 +8,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import numpy
 import pytest
 from wove_tests.tasks import TwoArguments
 
@@ -202,7 +203,6 @@ class TestEncoding:
         assert [entry["message"] for entry in encode_exception(one, [])] == ["one", "two"]
 
     def test_large_buffers_leave_room_for_the_rest_of_the_message(self) -> None:
-        numpy = pytest.importorskip("numpy")
         arrays = [numpy.zeros(100_000, dtype="uint8") for _ in range(MAX_ENTRIES)]
         attachments: list[Any] = []
         encode_exception(raised(ValueError(arrays), cause=ValueError(arrays)), attachments)
