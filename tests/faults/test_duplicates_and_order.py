@@ -57,9 +57,9 @@ class CopyingSoon(Copying):
 
     async def submit_many(self, batch: Sequence[tuple[bytes, Any]]) -> list[Any]:
         self.sent.extend(batch)
-        results: list[Any] = await super().submit_many(batch)  # type: ignore[misc]
+        results: list[Any] = await super().submit_many(batch)
         for _ in range(self.copies - 1):
-            await super().submit_many(batch)  # type: ignore[misc]
+            await super().submit_many(batch)
         return results
 
 
@@ -68,9 +68,9 @@ class CopyingBlocking(Copying):
 
     def submit_blocking(self, batch: Sequence[tuple[bytes, Any]]) -> list[Any]:
         self.sent.extend(batch)
-        results: list[Any] = super().submit_blocking(batch)  # type: ignore[misc]
+        results: list[Any] = super().submit_blocking(batch)
         for _ in range(self.copies - 1):
-            super().submit_blocking(batch)  # type: ignore[misc]
+            super().submit_blocking(batch)
         return results
 
 

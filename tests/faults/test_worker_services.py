@@ -332,7 +332,7 @@ class TestHangingServices:
                 heads.append((time.monotonic(), data))
 
         server = await asyncio.start_server(swallow, "127.0.0.1", 0, backlog=1024)
-        server.heads = heads  # type: ignore[attr-defined]
+        server.heads = heads
         yield server
         server.close()
         for writer in writers:

@@ -554,7 +554,7 @@ MALFORMED: dict[str, tuple[str, Callable[[OpenRun, OpenRun], bytes]]] = {
     "too long": (MSGPACK, lambda run, other: result_body(run, 1) + b"more"),
     "an unknown codec": ("text/plain", lambda run, other: result_body(run, 1)),
     "no frames": (MSGPACK, lambda run, other: packed([])),
-    "frames that are none": (MSGPACK, lambda run, other: packed([1, 2])),  # type: ignore[list-item]
+    "frames that are none": (MSGPACK, lambda run, other: packed([1, 2])),
     "no outcome": (MSGPACK, lambda run, other: packed([event(run, frames.TASK_STARTED)])),
     "two outcomes": (MSGPACK, lambda run, other: packed([event(run, frames.TASK_CANCELLED)] * 2)),
     "an outcome of another run": (MSGPACK, lambda run, other: result_body(other, 1)),

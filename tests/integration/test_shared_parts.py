@@ -148,7 +148,7 @@ async def test_it_is_let_go_of_with_the_map(fleet: EnvironmentHandle) -> None:
 async def test_it_is_let_go_of_when_the_loop_is_left(fleet: EnvironmentHandle) -> None:
     model = np.ones(MEBIBYTE)
     gone = weakref.ref(model)
-    async with aclosing(fleet.map(partial(tasks.look_up, model), range(1_000))) as results:  # type: ignore[type-var]
+    async with aclosing(fleet.map(partial(tasks.look_up, model), range(1_000))) as results:
         async for _ in results:
             break
     del model, results

@@ -154,7 +154,7 @@ class TestAcross:
     )
     def test_what_cannot_or_must_not_be_raised_there_is_not_rebuilt(self, exc: BaseException) -> None:
         if isinstance(exc, HostileReduce):
-            exc.lock = threading.Lock()  # type: ignore[attr-defined]
+            exc.lock = threading.Lock()
         assert across(raised(exc)) is None
 
     def test_no_exception_changes_its_type_on_the_way(self) -> None:

@@ -606,7 +606,7 @@ class TestBackendsThatDoNotAnswer:
         def broken(batch: Iterable[frames.Frame]) -> bool:
             raise RuntimeError("nobody listens")
 
-        runs[1].sink = broken  # type: ignore[method-assign]
+        runs[1].sink = broken
         for run in runs:
             backend.says("lost", of=run.run_id)
             run.heard()

@@ -320,7 +320,7 @@ class TestCallables:
 
     def test_a_function_whose_name_means_another_by_now_travels_by_value(self, module: ModuleType) -> None:
         original = module.task
-        module.task = lambda: 0  # type: ignore[attr-defined]
+        module.task = lambda: 0
         attachments: list[Any] = []
         described = encode_callable(original, attachments)
         assert decode_callable(described, [memoryview(part) for part in attachments])() == 42

@@ -34,7 +34,7 @@ class Clock:
         return SimpleNamespace(monotonic=self, sleep=self.advance)
 
 
-class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[valid-type,misc]
+class _JumpingSelector(selectors.DefaultSelector):
     """Lets the clock jump to the next timer instead of waiting for it."""
 
     def __init__(self, clock: Clock) -> None:
@@ -72,6 +72,6 @@ def jumping(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
             runner.run(test(*args, **fixtures))
 
     # pytest-asyncio would take it for a coroutine function still, going by what it wraps.
-    run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
-    del run.__wrapped__  # type: ignore[attr-defined]
+    run.__signature__ = inspect.signature(test)
+    del run.__wrapped__
     return run
