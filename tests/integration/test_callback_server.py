@@ -37,6 +37,7 @@ from wove_tests.callbacks import (
     events_path,
     key_of,
     kid,
+    listening,
     open_run,
     packed,
     post,
@@ -72,20 +73,6 @@ JSON = "application/json"
 
 #: Seconds until an answer that does not come fails the test.
 PATIENCE = 10.0
-
-
-@pytest.fixture
-def lease() -> Iterator[Lease]:
-    """A share of a listener that nobody else has at the moment."""
-    shared = hub.acquire("127.0.0.1", 0)
-    yield shared
-    shared.release()
-
-
-@pytest.fixture
-def sink() -> Sink:
-    """Where the listener hands events over."""
-    return Sink()
 
 
 @pytest.fixture
@@ -1112,9 +1099,8 @@ class TestGuard:
     def test_it_leaves_the_application_its_file_descriptors(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(guard.resource, "getrlimit", lambda _: (100, 100))
         monkeypatch.setattr(guard, "HEAD_SECONDS", 60.0)
-        shared = hub.acquire("127.0.0.1", 0)
         with contextlib.ExitStack() as stack:
-            stack.callback(shared.release)
+            shared = stack.enter_context(listening())
             connections = [
                 stack.enter_context(socket.create_connection((shared.host, shared.port), timeout=PATIENCE))
                 for _ in range(35)

@@ -22,26 +22,14 @@ from wove_tests.callbacks import (
 )
 
 from wove import frames
-from wove.callback_server import express, hub
+from wove.callback_server import express
 from wove.worker.plain_http import head_of, parse_head
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from wove.callback_server.hub import Lease
     from wove.callback_server.runs import OpenRun
-
-
-@pytest.fixture
-def lease() -> Iterator[Lease]:
-    lease = hub.acquire("127.0.0.1", 0)
-    yield lease
-    lease.release()
-
-
-@pytest.fixture
-def sink() -> Sink:
-    return Sink()
 
 
 @pytest.fixture

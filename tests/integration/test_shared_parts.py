@@ -20,7 +20,6 @@ from wove_tests.waiting import until
 
 from wove import ExecutorRuntime, WorkerLostError
 from wove.buffers import Original
-from wove.callback_server import hub
 from wove.demo.processes import free_port
 from wove.errors import PayloadRejectedError, ProtocolError
 from wove.shared_parts import SharedCallable
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
     from wove_tests.fleets import Fleets
 
+    from wove.callback_server.hub import Lease
     from wove.handle import EnvironmentHandle
 
 MEBIBYTE = 1024 * 1024
@@ -267,21 +267,19 @@ async def test_a_worker_that_keeps_nothing(
     assert proxy.passed["response"] > 3 * model.nbytes
 
 
-def test_a_worker_that_takes_names_only_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_takes_names_only_fetches_nothing(
+    lease: Lease, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WOVE_ALLOW", "wove_tests.tasks:*")
-    lease, sink = hub.acquire("127.0.0.1", 0), Sink()
-    try:
-        with TcpProxy("127.0.0.1", lease.port) as proxy:
-            func = partial(tasks.look_up, np.ones(MEBIBYTE))
-            shared = SharedCallable(func)
-            payload = Payload(f"http://127.0.0.1:{proxy.port}", func, 1, shared=shared)
-            open_run(lease, sink, run_id=payload.run_id, nonce=payload.nonce, part=shared.part())
-            with pytest.raises(PayloadRejectedError, match="this one was sent by value"):
-                run_payload(payload.blob)
-            assert sink.outcome(payload.run_id)["error"]["kind"] == "PayloadRejectedError"
-            assert proxy.passed["response"] < MEBIBYTE
-    finally:
-        lease.release()
+    with TcpProxy("127.0.0.1", lease.port) as proxy:
+        func = partial(tasks.look_up, np.ones(MEBIBYTE))
+        shared = SharedCallable(func)
+        payload = Payload(f"http://127.0.0.1:{proxy.port}", func, 1, shared=shared)
+        open_run(lease, sink, run_id=payload.run_id, nonce=payload.nonce, part=shared.part())
+        with pytest.raises(PayloadRejectedError, match="this one was sent by value"):
+            run_payload(payload.blob)
+        assert sink.outcome(payload.run_id)["error"]["kind"] == "PayloadRejectedError"
+        assert proxy.passed["response"] < MEBIBYTE
 
 
 def test_who_knows_the_digest_has_not_got_it() -> None:
