@@ -188,6 +188,22 @@ def outcome(server: FakeCallbackServer, payload: Payload) -> Frame:
     return request.frames(payload)[-1]
 
 
+def hear_of_withdrawals(
+    server: FakeCallbackServer,
+    monkeypatch: pytest.MonkeyPatch,
+    told: str = "7",
+    *,
+    recent: float = 60.0,
+    settled: float = 3600.0,
+) -> None:
+    """Have the listener tell this worker how many withdrawals there were; nothing that comes then is fresh."""
+    monkeypatch.setattr(session, "FRESH", 0.0)
+    monkeypatch.setattr(session, "RECENT", recent)
+    monkeypatch.setattr(session, "SETTLED", settled)
+    server.script["events"].extend([Answer(204, {"Wove-Withdrawn": told})] * 4)
+    assert run(Payload(server.url, double, 0))
+
+
 class TestOutcome:
     """One request where one is enough, and everything in it."""
 
@@ -237,11 +253,7 @@ class TestOutcome:
         recent: float,
         asks: bool,
     ) -> None:
-        monkeypatch.setattr(session, "FRESH", 0.0)
-        monkeypatch.setattr(session, "RECENT", recent)
-        monkeypatch.setattr(session, "SETTLED", 3600.0)
-        server.script["events"].extend([Answer(204, {"Wove-Withdrawn": told})] * 2)
-        assert run(Payload(server.url, double, 0))
+        hear_of_withdrawals(server, monkeypatch, told, recent=recent)
         for origin in connection.clock_offsets:  # by its reply alone the clock may be a moment off
             connection.clock_offsets[origin] = (0.0, time.time() - time.monotonic())
         waiting = Payload(server.url, double, 21, **payload)
@@ -252,11 +264,7 @@ class TestOutcome:
     def test_a_copy_of_what_this_process_has_begun_is_asked_for(
         self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(session, "FRESH", 0.0)
-        monkeypatch.setattr(session, "RECENT", 60.0)
-        monkeypatch.setattr(session, "SETTLED", 3600.0)
-        server.script["events"].extend([Answer(204, {"Wove-Withdrawn": "7"})] * 4)
-        assert run(Payload(server.url, double, 0))
+        hear_of_withdrawals(server, monkeypatch)
         payload = Payload(server.url, double, 21, withdrawn=7)
         assert run(payload)
         assert run(payload)
@@ -266,11 +274,7 @@ class TestOutcome:
     def test_what_waited_long_is_asked_for(
         self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(session, "RECENT", 60.0)
-        monkeypatch.setattr(session, "FRESH", 0.0)
-        monkeypatch.setattr(session, "SETTLED", 0.0)
-        server.script["events"].extend([Answer(204, {"Wove-Withdrawn": "7"})] * 2)
-        assert run(Payload(server.url, double, 0))
+        hear_of_withdrawals(server, monkeypatch, settled=0.0)
         waiting = Payload(server.url, double, 21, withdrawn=7)
         assert run(waiting)
         assert "fence" in server.events(waiting)[0].frames(waiting)[0]
