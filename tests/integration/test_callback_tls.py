@@ -18,7 +18,7 @@ from wove_tests.callbacks import listening
 from wove_tests.services import SUPPORT, Certificates, make_certificates
 from wove_tests.waiting import until, until_states
 
-from wove import ExecutorRuntime
+from wove import DeliveryTimeoutError, ExecutorRuntime
 from wove.callback_server import door, hub
 from wove.callback_server.tls import read_tls
 from wove.demo.processes import CeleryWorker, RqWorker, free_port
@@ -129,7 +129,7 @@ class TestInThisProcess:
         async with ExecutorRuntime(
             {"here": {**memory(setting(certificates)), "delivery_timeout": 2}}
         ) as runtime:
-            with pytest.raises(Exception, match="delivery_timeout"):
+            with pytest.raises(DeliveryTimeoutError, match="delivery_timeout"):
                 await runtime["here"].run(abs, -3)
 
 
@@ -353,13 +353,12 @@ async def test_real_workers_over_mutual_tls(backend: str, fleets: Fleets, certif
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
-            pid = await secure.run(os.getpid)
+            assert await secure.run(os.getpid) != os.getpid()
             call = asyncio.ensure_future(secure.run(time.sleep, 30))
             await until(_a_beat_is_held, "a beat is held")
             os.kill(_worker_pid(), signal.SIGKILL)
             with pytest.raises(WorkerLostError):
                 await call
-            assert pid
     # RQ keeps what a killed work horse leaves for a moment; the fleets' own check does not look here.
 
 

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from wove_tests import tasks
-from wove_tests.callbacks import ENVIRONMENT, Payload, Sink, open_run
+from wove_tests import callbacks, tasks
+from wove_tests.callbacks import Payload, Sink, open_run
 from wove_tests.proxy import TcpProxy
 from wove_tests.waiting import until
 
-from wove import ExecutorRuntime, WorkerLostError
-from wove.buffers import Original
+from wove import ExecutorRuntime, WorkerLostError, frames
 from wove.demo.processes import free_port
 from wove.errors import PayloadRejectedError, ProtocolError
 from wove.shared_parts import SharedCallable
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
     from wove.callback_server.hub import Lease
     from wove.handle import EnvironmentHandle
+    from wove.shared_parts import Part
 
 MEBIBYTE = 1024 * 1024
 
@@ -282,12 +282,23 @@ def test_a_worker_that_takes_names_only_fetches_nothing(
         assert proxy.passed["response"] < MEBIBYTE
 
 
-def test_who_knows_the_digest_has_not_got_it() -> None:
-    shared = SharedCallable(partial(tasks.look_up, np.ones(MEBIBYTE)))
-    part = shared.part()
-    assert part is not None
-    parts.cache().get(("kid", "other", part.digest), lambda: Original(part.size))
-    assert ("kid", ENVIRONMENT, part.digest) not in parts.cache()._kept
+def test_who_knows_the_digest_has_not_got_it(
+    lease: Lease, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    func = partial(tasks.look_up, np.ones(MEBIBYTE))
+    shared = SharedCallable(func)
+
+    def ends_with(part: Part | None) -> str:
+        payload = Payload(f"http://127.0.0.1:{lease.port}", func, 1, shared=shared)
+        open_run(lease, sink, run_id=payload.run_id, nonce=payload.nonce, part=part)
+        run_payload(payload.blob)
+        kind: str = sink.outcome(payload.run_id)["type"]
+        return kind
+
+    assert ends_with(shared.part()) == frames.TASK_RESULT
+    assert ends_with(None) == frames.TASK_RESULT, "it is there for others of the environment"
+    monkeypatch.setattr(callbacks, "ENVIRONMENT", "another")
+    assert ends_with(None) == frames.TASK_CANCELLED, "there was nothing to fetch"
 
 
 async def collect(fleet: EnvironmentHandle, func: Any, count: int) -> list[Any]:

@@ -622,6 +622,8 @@ class TestDelivery:
         begun = time.monotonic()
         run(payload)
         assert time.monotonic() - begun < 10, "and not for 300 s"
+        assert CALLS == [1]
+        assert server.outcomes(payload), "it was offered"
 
     @pytest.mark.parametrize("size", [20_000, 32 * 1024 * 1024], ids=["small", "large"])
     def test_a_result_that_is_too_large_becomes_an_error(
@@ -962,6 +964,7 @@ class TestProgress:
         run(payload)
         assert outcome(server, payload)["result"] == 60
         seen = [int(text.removeprefix("step ")) for text in messages(server, payload)]
+        assert seen
         assert seen == sorted(seen)
 
     def test_what_comes_after_the_end_is_dropped(self, server: FakeCallbackServer) -> None:
