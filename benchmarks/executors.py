@@ -239,7 +239,7 @@ def factors(row: Row, shown: dict[str, Shown]) -> list[float]:
     if not numbers(ours) or not numbers(theirs):
         return []
     pairs = [(statistics.median(numbers(ours)), statistics.median(numbers(theirs)))]
-    pairs += [(a, b) for a, b in zip(ours, theirs, strict=False) if numbers([a, b]) == [a, b]]  # type: ignore[misc]
+    pairs += [(a, b) for a, b in zip(ours, theirs, strict=False) if numbers([a, b]) == [a, b]]
     return [a / b if row.key == "per_second" else b / a for a, b in pairs]
 
 

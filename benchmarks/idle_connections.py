@@ -111,11 +111,11 @@ def timed_looks() -> Any:
         looks.append((self.connections, time.thread_time() - begun))
         return doomed
 
-    Guard._look = measured  # type: ignore[method-assign]
+    Guard._look = measured
     try:
         yield looks
     finally:
-        Guard._look = real  # type: ignore[method-assign]
+        Guard._look = real
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

@@ -18,14 +18,13 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "executors_parts"))
-
-import large_tasks  # noqa: E402
 
 WARM_UP = 3
 
 
 async def one_round(broker: str, mebibytes: int) -> dict[str, float]:
+    # On the path of both processes of a round, not of the one that starts them.
+    import large_tasks
     import numpy as np
 
     from wove import ExecutorRuntime
@@ -70,11 +69,14 @@ def main() -> None:
     mebibytes = int(sys.argv[2]) if len(sys.argv) > 2 else 64
     path = os.pathsep.join(filter(None, [str(HERE / "executors_parts"), os.environ.get("PYTHONPATH")]))
     taken = []
+    env = {"PYTHONPATH": path}
     with RedisServer() as redis:
         for _ in range(rounds):
-            with CeleryWorker(redis.url, concurrency=1, env={"PYTHONPATH": path}):
+            with CeleryWorker(redis.url, concurrency=1, env=env):
                 command = [sys.executable, __file__, "--submit", redis.url, str(mebibytes)]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                done = subprocess.run(
+                    command, env={**os.environ, **env}, check=True, capture_output=True, text=True
+                )
                 taken.append(json.loads(done.stdout))
             print("  ".join(f"{name} {value:.2f}" for name, value in taken[-1].items()))
     print(f"median of {rounds}, {mebibytes} MiB:")

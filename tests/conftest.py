@@ -16,12 +16,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 
 from wove_tests import leftovers
+from wove_tests.callbacks import Sink, listening
 from wove_tests.fleets import Fleets
 from wove_tests.resources import ResourcePlugin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from wove.callback_server.hub import Lease
     from wove.demo.processes import RedisServer
 
 _environment = pytest.MonkeyPatch()
@@ -82,3 +84,16 @@ def rabbitmq_url(fleets: Fleets) -> str:
 @pytest.fixture(scope="session")
 def docker_engine() -> None:
     """Say that a test needs a Docker engine and Compose; see wove_tests.resources."""
+
+
+@pytest.fixture
+def lease() -> Iterator[Lease]:
+    """A share of a callback listener that nobody else has at the moment."""
+    with listening() as shared:
+        yield shared
+
+
+@pytest.fixture
+def sink() -> Sink:
+    """Where a listener hands the events of runs over."""
+    return Sink()

@@ -30,7 +30,6 @@ from wove.adapters import celery as celery_adapter
 from wove.adapters import rq as rq_adapter
 from wove.adapters.registry import adapter_names, load_adapter
 from wove.backend import failure_webhook
-from wove.callback_server import hub
 from wove.demo.processes import free_port
 from wove.executors.adapter import BackendAdapterEnvironmentExecutor
 from wove.security import find_secrets
@@ -78,20 +77,6 @@ def config(fleet: str, fleets: Fleets) -> dict[str, Any]:
         return {"threads": SLOTS[fleet]}
     config: dict[str, Any] = fleets.executor_definition(fleet)["executor_config"]
     return config
-
-
-@pytest.fixture
-def lease() -> Iterator[Lease]:
-    """Where workers report to."""
-    shared = hub.acquire("127.0.0.1", 0)
-    yield shared
-    shared.release()
-
-
-@pytest.fixture
-def sink() -> Sink:
-    """Where their reports arrive."""
-    return Sink()
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import pytest
 from wove_tests import main_program, tasks
 from wove_tests.fleets import CONTRACT_FLEETS, FLEETS, SERVICE_SLOTS, fleet_params
@@ -146,7 +147,6 @@ class TestResults:
         assert await handle.run(tasks.make_point, 1, y=2) == tasks.Point(1, 2)
 
     async def test_numpy_array(self, handle: EnvironmentHandle) -> None:
-        numpy = pytest.importorskip("numpy")
         array = numpy.arange(200_000, dtype="float64").reshape(400, 500)
         result = await handle.run(tasks.echo, array)
         assert (result == array).all()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from rq import Retry
@@ -22,38 +23,74 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.redis
 
 
+#: Fleets whose backend runs what fails twice again: on ConnectionError, and when a process dies; on any error.
+RETRYING: dict[str, dict[str, Any]] = {
+    "celery-retrying": {},
+    "rq-worker": {"executor_config": {"enqueue_options": {"retry": Retry(max=2), "failure_ttl": 1}}},
+}
+
+
+@asynccontextmanager
+async def running(crew: Crew, name: str) -> AsyncIterator[EnvironmentHandle]:
+    """Have an environment on one of them."""
+    async with ExecutorRuntime({"fleet": crew.definition(name, **RETRYING[name])}) as runtime:
+        yield runtime["fleet"]
+
+
+@pytest.fixture(params=RETRYING)
+async def either(request: pytest.FixtureRequest, crew: Crew) -> AsyncIterator[EnvironmentHandle]:
+    async with running(crew, request.param) as handle:
+        yield handle
+
+
 @pytest.fixture
 async def celery(crew: Crew) -> AsyncIterator[EnvironmentHandle]:
-    """A fleet that retries ConnectionError twice, and gives the messages of dead processes to others."""
-    async with ExecutorRuntime({"fleet": crew.definition("celery-retrying")}) as runtime:
-        yield runtime["fleet"]
+    async with running(crew, "celery-retrying") as handle:
+        yield handle
 
 
 @pytest.fixture
 async def rq(crew: Crew) -> AsyncIterator[EnvironmentHandle]:
-    """A fleet whose jobs are retried twice."""
-    config = {"enqueue_options": {"retry": Retry(max=2), "failure_ttl": 1}}
-    async with ExecutorRuntime({"fleet": crew.definition("rq-worker", executor_config=config)}) as runtime:
-        yield runtime["fleet"]
+    async with running(crew, "rq-worker") as handle:
+        yield handle
+
+
+class TestRow35Either:
+    """What Celery and RQ do alike."""
+
+    async def test_row_35_retries_end_with_the_last_execution(
+        self, either: EnvironmentHandle, tmp_path: Path
+    ) -> None:
+        job = Job(either, tmp_path, "job", deeds.fail_until, 3)
+        assert await job.call == 3
+        assert [(line.run_id, line.attempt) for line in job.executions] == [(job.executions[0].run_id, 1)] * 3
+
+    async def test_row_35_retries_that_are_used_up_end_with_their_error(
+        self, either: EnvironmentHandle, tmp_path: Path
+    ) -> None:
+        job = Job(either, tmp_path, "job", deeds.fail_until, 9)
+        with pytest.raises(ConnectionError, match="execution 3"):
+            await job.call
+        assert len(job.executions) == 3
+
+    # Before its first beat, and while it holds one open.
+    @pytest.mark.parametrize("after", [0.0, 1.5])
+    async def test_row_35_the_work_of_a_process_that_dies_is_run_again(
+        self, after: float, either: EnvironmentHandle, tmp_path: Path
+    ) -> None:
+        job = Job(either.options(delivery_timeout=12.0), tmp_path)
+        first = await job.running()
+        await asyncio.wait([job.call], timeout=after)
+        kill(first.pid)
+        # Whoever is next has to wait until it is known that the first one is dead.
+        await until(lambda: len(job.executions) == 2 or job.call.done(), "it is run again")
+        job.release()
+        assert await job.call == "done"
+        assert [(line.run_id, line.attempt) for line in job.executions] == [(first.run_id, 1)] * 2
 
 
 class TestRow35Celery:
     """``autoretry_for``, ``retry()``, ``Reject`` and ``Ignore`` pass through."""
-
-    async def test_row_35_autoretry_ends_with_the_last_execution(
-        self, celery: EnvironmentHandle, tmp_path: Path
-    ) -> None:
-        job = Job(celery, tmp_path, "job", deeds.fail_until, 3)
-        assert await job.call == 3
-        assert [(line.run_id, line.attempt) for line in job.executions] == [(job.executions[0].run_id, 1)] * 3
-
-    async def test_row_35_autoretry_that_is_used_up_ends_with_its_error(
-        self, celery: EnvironmentHandle, tmp_path: Path
-    ) -> None:
-        job = Job(celery, tmp_path, "job", deeds.fail_until, 9)
-        with pytest.raises(ConnectionError, match="execution 3"):
-            await job.call
-        assert len(job.executions) == 3
 
     async def test_row_35_what_is_not_named_is_not_retried(
         self, celery: EnvironmentHandle, tmp_path: Path
@@ -96,12 +133,6 @@ class TestRow35Celery:
         assert "Ignore" in repr(await _failure(job))
         assert len(job.executions) == 1
 
-    @pytest.mark.parametrize("after", [0.0, 1.5])
-    async def test_row_35_the_message_of_a_dead_process_is_run_again(
-        self, after: float, celery: EnvironmentHandle, tmp_path: Path
-    ) -> None:
-        await _survives(celery.options(delivery_timeout=12.0), tmp_path, after)
-
     async def test_row_35_cancelled_between_two_executions_it_does_not_run_again(
         self, celery: EnvironmentHandle, tmp_path: Path
     ) -> None:
@@ -119,27 +150,6 @@ class TestRow35Celery:
 
 class TestRow35Rq:
     """``Retry``, of the job or returned by the function."""
-
-    async def test_row_35_retry_ends_with_the_last_execution(
-        self, rq: EnvironmentHandle, tmp_path: Path
-    ) -> None:
-        job = Job(rq, tmp_path, "job", deeds.fail_until, 3)
-        assert await job.call == 3
-        assert len(job.executions) == 3
-
-    async def test_row_35_retry_that_is_used_up_ends_with_its_error(
-        self, rq: EnvironmentHandle, tmp_path: Path
-    ) -> None:
-        job = Job(rq, tmp_path, "job", deeds.fail_until, 9)
-        with pytest.raises(ConnectionError, match="execution 3"):
-            await job.call
-        assert len(job.executions) == 3
-
-    @pytest.mark.parametrize("after", [0.0, 1.5])
-    async def test_row_35_a_work_horse_that_dies_is_retried_as_well(
-        self, after: float, rq: EnvironmentHandle, tmp_path: Path
-    ) -> None:
-        await _survives(rq.options(delivery_timeout=12.0), tmp_path, after)
 
     async def test_row_35_work_horses_that_all_die_are_a_lost_worker(
         self, rq: EnvironmentHandle, tmp_path: Path
@@ -167,19 +177,6 @@ class TestRow35Rq:
             assert isinstance(ended, (Retry, EnvironmentExecutionError)), "something is said of it"
             await until(lambda: crew.idle("rq-worker"), "RQ is done with it")
             assert len(job.executions) == 3
-
-
-async def _survives(handle: EnvironmentHandle, folder: Path, after: float) -> None:
-    """Kill a run's process, with its open beat or before it, and see the backend run it again."""
-    job = Job(handle, folder)
-    first = await job.running()
-    await asyncio.wait([job.call], timeout=after)
-    kill(first.pid)
-    # Whoever is next has to wait until it is known that the first one is dead.
-    await until(lambda: len(job.executions) == 2 or job.call.done(), "it is run again")
-    job.release()
-    assert await job.call == "done"
-    assert [(line.run_id, line.attempt) for line in job.executions] == [(first.run_id, 1)] * 2
 
 
 async def _failure(job: Job) -> BaseException:

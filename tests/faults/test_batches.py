@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from wove_tests import deeds, tasks
-from wove_tests.waiting import until
+from wove_tests.waiting import run_states, until, until_exists
 
 from wove import EncodeError, EnvironmentExecutionError, ExecutorRuntime, WorkerLostError
 
@@ -24,9 +24,11 @@ pytestmark = pytest.mark.redis
 
 #: Runs in one message, in all of these tests.
 TOGETHER = 10
+#: How many tasks each fleet runs at once.
+SLOTS = {"celery-prefork": 2, "rq-worker": 1}
 
 
-@pytest.fixture(params=["celery-prefork", "rq-worker"])
+@pytest.fixture(params=SLOTS)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -103,24 +105,27 @@ async def test_one_is_cancelled_while_it_runs(handle: EnvironmentHandle, tmp_pat
 
 
 async def test_one_that_waits_is_cancelled_and_never_starts(
-    handle: EnvironmentHandle, tmp_path: Path
+    name: str, handle: EnvironmentHandle, tmp_path: Path
 ) -> None:
     log, release = str(tmp_path / "log"), tmp_path / "release"
-    busy = [
-        asyncio.ensure_future(handle.run(tasks.touch_and_wait, str(tmp_path / f"{n}"), str(release)))
-        for n in range(2)
-    ]
-    await until((tmp_path / "0").exists, "a worker is busy")
-    calls = [asyncio.ensure_future(handle.run(deeds.number_or_fail, log, n)) for n in range(1, TOGETHER)]
-    await until(lambda: deeds.notes(log, "start-2") or len(handle._dispatcher.table) >= TOGETHER, "they wait")
-    calls[4].cancel()
+    busy = []
+    for n in range(SLOTS[name]):  # one after the other: each in a message of its own
+        busy.append(
+            asyncio.ensure_future(handle.run(tasks.touch_and_wait, str(tmp_path / f"{n}"), str(release)))
+        )
+        await until_exists(tmp_path / f"{n}")
+    calls = [asyncio.ensure_future(handle.run(deeds.number_or_fail, log, n)) for n in range(TOGETHER)]
+    await until(lambda: run_states(handle).count("submitted") == TOGETHER, "they wait")
+    calls[5].cancel()
     with pytest.raises(asyncio.CancelledError):
-        await calls[4]
+        await calls[5]
     release.touch()
     await asyncio.gather(*busy)
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
-    assert outcomes[1] == 2
-    assert isinstance(outcomes[4], asyncio.CancelledError)
+    assert [outcomes[n] for n in (1, 2, 4, 7, 8)] == [1, 2, 4, 7, 8]
+    assert [len(deeds.notes(log, f"start-{n}")) for n in range(TOGETHER)] == [
+        int(n != 5) for n in range(TOGETHER)
+    ]
 
 
 # One RQ worker is one slot: there is nobody to give them to.

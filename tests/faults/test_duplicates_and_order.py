@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import threading
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -21,7 +21,6 @@ from wove import BackendAdapterEnvironmentExecutor, DeliveryTimeoutError, Execut
 from wove.adapters.celery import CeleryAdapter
 from wove.adapters.memory import MemoryAdapter
 from wove.adapters.rq import RqAdapter
-from wove.callback_server import hub
 from wove.worker import session
 
 if TYPE_CHECKING:
@@ -33,16 +32,6 @@ if TYPE_CHECKING:
     from wove.handle import EnvironmentHandle
 
 redis = pytest.mark.redis
-
-
-@contextmanager
-def closing_lease() -> Iterator[Lease]:
-    """A share of a listener."""
-    lease = hub.acquire("127.0.0.1", 0)
-    try:
-        yield lease
-    finally:
-        lease.release()
 
 
 class Copying:
@@ -57,9 +46,9 @@ class CopyingSoon(Copying):
 
     async def submit_many(self, batch: Sequence[tuple[bytes, Any]]) -> list[Any]:
         self.sent.extend(batch)
-        results: list[Any] = await super().submit_many(batch)  # type: ignore[misc]
+        results: list[Any] = await super().submit_many(batch)
         for _ in range(self.copies - 1):
-            await super().submit_many(batch)  # type: ignore[misc]
+            await super().submit_many(batch)
         return results
 
 
@@ -68,9 +57,9 @@ class CopyingBlocking(Copying):
 
     def submit_blocking(self, batch: Sequence[tuple[bytes, Any]]) -> list[Any]:
         self.sent.extend(batch)
-        results: list[Any] = super().submit_blocking(batch)  # type: ignore[misc]
+        results: list[Any] = super().submit_blocking(batch)
         for _ in range(self.copies - 1):
-            super().submit_blocking(batch)  # type: ignore[misc]
+            super().submit_blocking(batch)
         return results
 
 
@@ -163,17 +152,18 @@ class TestRow13DuplicatePayloads:
                 assert await handle.run(tasks.double, 21) == 42
                 assert len(job.executions) == 1
 
-    def test_row_13_the_successor_of_a_process_that_died_this_moment_is_not_sent_away(self) -> None:
-        with closing_lease() as lease:
-            run = open_run(lease, Sink())
-            first = http.client.HTTPConnection(lease.host, lease.port, timeout=10)
-            body = packed([event(run, frames.TASK_STARTED)], execution="first")
-            first.request("POST", events_path(run), body, signed(run, body, final=False))
-            assert first.getresponse().status == 204
-            first.close()
-            body = packed([event(run, frames.TASK_STARTED, fence=True)], execution="second")
-            # To be asked again in a moment, when it is known whether the first one lives.
-            assert post(lease, run, body, final=False).status == 503
+    def test_row_13_the_successor_of_a_process_that_died_this_moment_is_not_sent_away(
+        self, lease: Lease, sink: Sink
+    ) -> None:
+        run = open_run(lease, sink)
+        first = http.client.HTTPConnection(lease.host, lease.port, timeout=10)
+        body = packed([event(run, frames.TASK_STARTED)], execution="first")
+        first.request("POST", events_path(run), body, signed(run, body, final=False))
+        assert first.getresponse().status == 204
+        first.close()
+        body = packed([event(run, frames.TASK_STARTED, fence=True)], execution="second")
+        # To be asked again in a moment, when it is known whether the first one lives.
+        assert post(lease, run, body, final=False).status == 503
 
     @redis
     @pytest.mark.parametrize("name", ["celery-threads", "celery-prefork", "rq-worker"])
@@ -186,16 +176,7 @@ class TestRow13DuplicatePayloads:
             for _ in range(2):
                 await deliver_again(crew, name)
             await until(lambda: crew.idle(name), "every copy was taken")
-            assert [result async for result in handle.map(tasks.double, range(8))] == [
-                0,
-                2,
-                4,
-                6,
-                8,
-                10,
-                12,
-                14,
-            ]
+            assert [result async for result in handle.map(tasks.double, range(8))] == [*range(0, 16, 2)]
             assert [len(job.executions) for job in jobs] == [1] * 5
 
 

@@ -13,13 +13,14 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
-from wove_tests.callbacks import Sink, event, events_path, open_run, packed, signed
+from wove_tests.callbacks import Sink, event, events_path, listening, open_run, packed, signed
 
 from wove import frames
-from wove.callback_server import hub
 
 if TYPE_CHECKING:
     import pytest
+
+    from wove.callback_server.hub import Lease
 
 CONNECTIONS = int(os.environ.get("FLOOD_CONNECTIONS", "200"))
 CALLBACKS = 300
@@ -29,18 +30,16 @@ def test_idle_connections(capsys: pytest.CaptureFixture[str]) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 3 * CONNECTIONS:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8 * CONNECTIONS), hard))
-    lease = hub.acquire("127.0.0.1", 0)
     try:
-        sink = Sink()
-        run = open_run(lease, sink)
-        with contextlib.ExitStack() as stack:
+        with listening() as lease, contextlib.ExitStack() as stack:
+            sink = Sink()
+            run = open_run(lease, sink)
             for _ in range(CONNECTIONS):
                 idle = stack.enter_context(socket.create_connection((lease.host, lease.port), timeout=20))
                 idle.setblocking(False)
             kept = _latencies(lease, run, keep=True)
             fresh = _latencies(lease, run, keep=False)
     finally:
-        lease.release()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with capsys.disabled():
         if "FLOOD_CONNECTIONS" in os.environ:
@@ -54,7 +53,7 @@ def test_idle_connections(capsys: pytest.CaptureFixture[str]) -> None:
         assert taken[int(len(taken) * 0.99)] < 1.0
 
 
-def _latencies(lease: hub.Lease, run: Any, *, keep: bool) -> list[float]:
+def _latencies(lease: Lease, run: Any, *, keep: bool) -> list[float]:
     taken = []
     connection = http.client.HTTPConnection(lease.host, lease.port, timeout=20)
     for seq in range(1, CALLBACKS + 1):

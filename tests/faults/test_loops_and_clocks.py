@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +18,7 @@ from wove_tests import deeds, tasks
 from wove_tests.callbacks import child_environment
 from wove_tests.crew import POSTS, Crew, Job
 from wove_tests.fleets import SUPPORT
+from wove_tests.resources import find_compiler
 from wove_tests.waiting import until
 
 from wove import ExecutorRuntime
@@ -141,7 +142,7 @@ def _release(folder: Path) -> None:
         (folder / f"{name}.release").touch()
 
 
-class Skew:
+class WorkersClock:
     """The clock of the workers of a crew."""
 
     def __init__(self, folder: Path) -> None:
@@ -149,9 +150,8 @@ class Skew:
         self.set(0)
         library = folder / "clock_skew.so"
         source = SUPPORT / "wove_tests" / "clock_skew.c"
-        compiler = shutil.which("cc") or shutil.which("gcc")
-        if compiler is None:
-            pytest.skip("needs a C compiler")
+        compiler = find_compiler()
+        assert compiler is not None  # wove_tests.resources has seen to it
         subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
         self.env = {"LD_PRELOAD": str(library), "CLOCK_SKEW_FILE": str(self._file)}
 
@@ -164,25 +164,23 @@ class Skew:
 
 
 @pytest.fixture(scope="module")
-def skew(tmp_path_factory: pytest.TempPathFactory) -> Skew:
-    return Skew(tmp_path_factory.mktemp("skew"))
+def workers_clock(tmp_path_factory: pytest.TempPathFactory) -> WorkersClock:
+    return WorkersClock(tmp_path_factory.mktemp("skew"))
 
 
 @pytest.fixture(scope="module")
-def skewed(skew: Skew, _no_process_left: None) -> Iterator[Crew]:
+def skewed(workers_clock: WorkersClock, _no_process_left: None) -> Iterator[Crew]:
     """Workers whose wall clock is not this process's; their broker's is."""
-    from dataclasses import replace
-
-    posts = {name: replace(POSTS[name], env=skew.env) for name in ("celery-prefork", "rq-worker")}
+    posts = {name: replace(POSTS[name], env=workers_clock.env) for name in ("celery-prefork", "rq-worker")}
     with Crew(posts) as running:
         yield running
 
 
 @pytest.mark.parametrize("seconds", [3600, -3600])
 async def test_row_25_clocks_that_are_an_hour_apart_change_nothing(
-    seconds: int, skew: Skew, skewed: Crew, tmp_path: Path
+    seconds: int, workers_clock: WorkersClock, skewed: Crew, tmp_path: Path
 ) -> None:
-    skew.set(seconds)
+    workers_clock.set(seconds)
     names = ["celery-prefork", "rq-worker"]
     both = {name: skewed.definition(name, delivery_timeout=30, **STRICT) for name in names}
     async with ExecutorRuntime(both) as runtime:
@@ -195,7 +193,7 @@ async def test_row_25_clocks_that_are_an_hour_apart_change_nothing(
         jobs = [Job(runtime[name], tmp_path, f"{name}-{n}") for name in names for n in range(3)]
         for name in names:
             await until(lambda log=tmp_path / f"{name}-0.log": deeds.notes(log), "one runs, others wait")
-        skew.set(-seconds)
+        workers_clock.set(-seconds)
         await asyncio.wait([job.call for job in jobs], timeout=2.5)
         assert not [job.call for job in jobs if job.call.done()]
         for job in jobs:

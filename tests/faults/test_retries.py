@@ -88,10 +88,9 @@ async def test_the_deadline_covers_all_attempts(handle: EnvironmentHandle, tmp_p
         handle.options(delivery_retries=50, delivery_timeout=4.0), tmp_path, "job", deeds.die, "SIGKILL"
     )
     begun = time.monotonic()
-    with pytest.raises((DeliveryTimeoutError, WorkerLostError)) as caught:
+    with pytest.raises(DeliveryTimeoutError):
         await job.call
     assert time.monotonic() - begun < 6.0
-    assert isinstance(caught.value, DeliveryTimeoutError)
     assert len(job.executions) >= 2
     assert await handle.run(tasks.double, 21) == 42
 

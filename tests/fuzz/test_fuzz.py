@@ -30,6 +30,7 @@ from wove_tests.callbacks import (
     events_path,
     key_of,
     kid,
+    listening,
     open_run,
     post,
     result_body,
@@ -427,15 +428,8 @@ def lease(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lease]:
     print(f"FUZZ_SEED={SEED}")
     monkeypatch.setattr(guard, "HEAD_SECONDS", 1.0)
     monkeypatch.setattr(guard, "BODY_SECONDS", 1.0)
-    shared = hub.acquire("127.0.0.1", 0)
-    yield shared
-    shared.release()
-
-
-@pytest.fixture
-def sink() -> Sink:
-    """Where its events go."""
-    return Sink()
+    with listening() as shared:
+        yield shared
 
 
 class TestListener:

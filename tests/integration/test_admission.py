@@ -88,7 +88,7 @@ def push(backend: str, fleets: Fleets, payload: bytes) -> None:
 
 class _Recorder(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
-        self.server.seen.append(self.path)  # type: ignore[attr-defined]
+        self.server.seen.append(self.path)
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.send_response(204)
         self.end_headers()

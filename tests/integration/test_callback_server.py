@@ -37,6 +37,7 @@ from wove_tests.callbacks import (
     events_path,
     key_of,
     kid,
+    listening,
     open_run,
     packed,
     post,
@@ -72,20 +73,6 @@ JSON = "application/json"
 
 #: Seconds until an answer that does not come fails the test.
 PATIENCE = 10.0
-
-
-@pytest.fixture
-def lease() -> Iterator[Lease]:
-    """A share of a listener that nobody else has at the moment."""
-    shared = hub.acquire("127.0.0.1", 0)
-    yield shared
-    shared.release()
-
-
-@pytest.fixture
-def sink() -> Sink:
-    """Where the listener hands events over."""
-    return Sink()
 
 
 @pytest.fixture
@@ -554,7 +541,7 @@ MALFORMED: dict[str, tuple[str, Callable[[OpenRun, OpenRun], bytes]]] = {
     "too long": (MSGPACK, lambda run, other: result_body(run, 1) + b"more"),
     "an unknown codec": ("text/plain", lambda run, other: result_body(run, 1)),
     "no frames": (MSGPACK, lambda run, other: packed([])),
-    "frames that are none": (MSGPACK, lambda run, other: packed([1, 2])),  # type: ignore[list-item]
+    "frames that are none": (MSGPACK, lambda run, other: packed([1, 2])),
     "no outcome": (MSGPACK, lambda run, other: packed([event(run, frames.TASK_STARTED)])),
     "two outcomes": (MSGPACK, lambda run, other: packed([event(run, frames.TASK_CANCELLED)] * 2)),
     "an outcome of another run": (MSGPACK, lambda run, other: result_body(other, 1)),
@@ -1112,9 +1099,8 @@ class TestGuard:
     def test_it_leaves_the_application_its_file_descriptors(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(guard.resource, "getrlimit", lambda _: (100, 100))
         monkeypatch.setattr(guard, "HEAD_SECONDS", 60.0)
-        shared = hub.acquire("127.0.0.1", 0)
         with contextlib.ExitStack() as stack:
-            stack.callback(shared.release)
+            shared = stack.enter_context(listening())
             connections = [
                 stack.enter_context(socket.create_connection((shared.host, shared.port), timeout=PATIENCE))
                 for _ in range(35)

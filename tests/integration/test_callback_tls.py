@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from wove_tests import tasks
+from wove_tests.callbacks import listening
 from wove_tests.services import SUPPORT, Certificates, make_certificates
 from wove_tests.waiting import until, until_states
 
-from wove import ExecutorRuntime
+from wove import DeliveryTimeoutError, ExecutorRuntime
 from wove.callback_server import door, hub
 from wove.callback_server.tls import read_tls
 from wove.demo.processes import CeleryWorker, RqWorker, free_port
@@ -56,9 +57,8 @@ def setting(certificates: Certificates, **more: str) -> dict[str, str]:
 def lease(request: pytest.FixtureRequest, certificates: Certificates) -> Iterator[Lease]:
     """A share of a listener that speaks TLS."""
     more = {"ca": certificates.authority} if request.param == "mutual" else {}
-    shared = hub.acquire("127.0.0.1", 0, read_tls(setting(certificates, **more)))
-    yield shared
-    shared.release()
+    with listening(read_tls(setting(certificates, **more))) as shared:
+        yield shared
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ class TestInThisProcess:
         async with ExecutorRuntime(
             {"here": {**memory(setting(certificates)), "delivery_timeout": 2}}
         ) as runtime:
-            with pytest.raises(Exception, match="delivery_timeout"):
+            with pytest.raises(DeliveryTimeoutError, match="delivery_timeout"):
                 await runtime["here"].run(abs, -3)
 
 
@@ -155,8 +155,7 @@ class TestStrangers:
                 assert not connection.recv(4096).startswith(b"HTTP")
 
     def test_mutual_tls_refuses_who_has_no_certificate(self, certificates: Certificates) -> None:
-        shared = hub.acquire("127.0.0.1", 0, read_tls(setting(certificates, ca=certificates.authority)))
-        try:
+        with listening(read_tls(setting(certificates, ca=certificates.authority))) as shared:
             context = ssl.create_default_context(cafile=certificates.authority)
             connection = http.client.HTTPSConnection(shared.host, shared.port, timeout=10, context=context)
             with contextlib.closing(connection), pytest.raises((ssl.SSLError, ConnectionError)):
@@ -167,12 +166,9 @@ class TestStrangers:
             with contextlib.closing(connection):
                 connection.request("GET", "/healthz")
                 assert connection.getresponse().status == 200
-        finally:
-            shared.release()
 
     def test_old_versions_are_refused(self, certificates: Certificates) -> None:
-        shared = hub.acquire("127.0.0.1", 0, read_tls(setting(certificates)))
-        try:
+        with listening(read_tls(setting(certificates))) as shared:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.load_verify_locations(certificates.authority)
             context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
@@ -181,8 +177,6 @@ class TestStrangers:
             with socket.create_connection((shared.host, shared.port), timeout=10) as plain:
                 with pytest.raises((ssl.SSLError, ConnectionError)):
                     context.wrap_socket(plain, server_hostname="127.0.0.1")
-        finally:
-            shared.release()
 
     def test_those_who_do_not_shake_hands_lock_nobody_out(
         self, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
@@ -191,9 +185,8 @@ class TestStrangers:
 
         monkeypatch.setattr(guard, "MAX_CONNECTIONS", 40)
         monkeypatch.setattr(door, "CROWDED_SECONDS", 0.05)
-        shared = hub.acquire("127.0.0.1", 0, read_tls(setting(certificates)))
         with contextlib.ExitStack() as stack:
-            stack.callback(shared.release)
+            shared = stack.enter_context(listening(read_tls(setting(certificates))))
             for _ in range(150):
                 stack.enter_context(socket.create_connection((shared.host, shared.port), timeout=10))
             context = ssl.create_default_context(cafile=certificates.authority)
@@ -207,9 +200,8 @@ class TestStrangers:
 
     @pytest.mark.parametrize("state", ["shaking hands", "idle", "refused"])
     def test_nobody_outlives_the_listener(self, certificates: Certificates, state: str) -> None:
-        shared = hub.acquire("127.0.0.1", 0, read_tls(setting(certificates)))
         with contextlib.ExitStack() as stack:
-            stack.callback(shared.release)
+            shared = stack.enter_context(listening(read_tls(setting(certificates))))
             plain = stack.enter_context(socket.create_connection((shared.host, shared.port), timeout=10))
             if state == "shaking hands":
                 plain.sendall(b"\x16\x03\x01")
@@ -224,13 +216,10 @@ class TestStrangers:
 
     def test_handshakes_end(self, certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(door, "HEAD_SECONDS", 0.2)
-        shared = hub.acquire("127.0.0.1", 0, read_tls(setting(certificates)))
-        try:
+        with listening(read_tls(setting(certificates))) as shared:
             with socket.create_connection((shared.host, shared.port), timeout=10) as connection:
                 with contextlib.suppress(ConnectionError):
                     assert connection.recv(1) == b""
-        finally:
-            shared.release()
 
 
 def _speak(plain: socket.socket, certificates: Certificates, *, keep: bool) -> None:
@@ -278,13 +267,8 @@ class TestSettings:
             first.release()
 
     def test_any_port_serves_both(self, certificates: Certificates) -> None:
-        secure, plain = (
-            hub.acquire("127.0.0.1", 0, read_tls(setting(certificates))),
-            hub.acquire("127.0.0.1", 0),
-        )
-        assert secure.port != plain.port
-        secure.release()
-        plain.release()
+        with listening(read_tls(setting(certificates))) as secure, listening() as plain:
+            assert secure.port != plain.port
 
     @pytest.mark.parametrize(
         ("tls", "message"),
@@ -369,13 +353,12 @@ async def test_real_workers_over_mutual_tls(backend: str, fleets: Fleets, certif
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
-            pid = await secure.run(os.getpid)
+            assert await secure.run(os.getpid) != os.getpid()
             call = asyncio.ensure_future(secure.run(time.sleep, 30))
             await until(_a_beat_is_held, "a beat is held")
             os.kill(_worker_pid(), signal.SIGKILL)
             with pytest.raises(WorkerLostError):
                 await call
-            assert pid
     # RQ keeps what a killed work horse leaves for a moment; the fleets' own check does not look here.
 
 

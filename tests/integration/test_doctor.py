@@ -8,6 +8,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from wove.demo.processes import free_port
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def problem(findings: list[dict[str, Any]]) -> dict[str, Any]:
     return findings[-1]
 
 
+@pytest.mark.redis
 class TestHealthyFleets:
     def test_celery(self, fleets: Fleets) -> None:
         config = fleets.executor_definition("celery-redis-prefork")["executor_config"]
@@ -56,12 +59,14 @@ class TestProblems:
         assert "does not answer" in problem(findings)["text"]
         assert "canary" not in json.dumps(findings)
 
+    @pytest.mark.redis
     def test_nobody_on_the_queue(self, fleets: Fleets) -> None:
         config = fleets.executor_definition("celery-redis-prefork")["executor_config"]
         code, findings = doctor("--broker-url", config["broker_url"], "--queue", "another")
         assert code == 1
         assert "-Q another" in problem(findings)["mend"]
 
+    @pytest.mark.redis
     def test_another_secret_on_celery(self, fleets: Fleets) -> None:
         config = fleets.executor_definition("celery-redis-prefork")["executor_config"]
         arguments = ("--broker-url", config["broker_url"], "--queue", config["queue"])
@@ -69,6 +74,7 @@ class TestProblems:
         assert code == 1
         assert "WOVE_SECRET" in problem(findings)["mend"]
 
+    @pytest.mark.redis
     def test_another_secret_on_rq(self, fleets: Fleets) -> None:
         config = fleets.executor_definition("rq-worker")["executor_config"]
         arguments = ("--redis-url", config["redis_url"], "--queue-name", config["queue_name"])

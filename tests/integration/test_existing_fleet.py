@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from wove_tests.fleets import Fleets
 
+pytestmark = pytest.mark.redis
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "existing_celery_fleet"
 
 # A Redis database that no fleet of the contract tests uses.

@@ -15,10 +15,11 @@ from wove_tests import tasks
 from wove_tests.callbacks import Payload, Sink, child_environment
 
 from wove.backend import as_text
-from wove.callback_server import hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from wove.callback_server.hub import Lease
 
 #: What neither the import nor a plain task may bring along.
 TOO_DEAR = {"aiohttp", "asyncio", "cloudpickle"}
@@ -86,32 +87,26 @@ def test_the_import(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_plain_task(host: str) -> None:
-    lease, sink = hub.acquire("127.0.0.1", 0), Sink()
-    try:
-        payload = Payload(f"http://127.0.0.1:{lease.port}", tasks.join, 1, (2, {3}), key="four")
-        payload.open_on(lease, sink)
-        # The module of the task is the user's, and brings what it likes: here asyncio.
-        _, imported, run = loaded(host, payload)
-        assert sink.outcome(payload.run_id)["result"] == ((1, (2, {3})), {"key": "four"})
-        assert not {"aiohttp", "cloudpickle"} & (imported | run)
-    finally:
-        lease.release()
+def test_a_plain_task(host: str, lease: Lease, sink: Sink) -> None:
+    payload = Payload(f"http://127.0.0.1:{lease.port}", tasks.join, 1, (2, {3}), key="four")
+    payload.open_on(lease, sink)
+    # The module of the task is the user's, and brings what it likes: here asyncio.
+    _, imported, run = loaded(host, payload)
+    assert sink.outcome(payload.run_id)["result"] == ((1, (2, {3})), {"key": "four"})
+    assert not {"aiohttp", "cloudpickle"} & (imported | run)
 
 
 @pytest.mark.parametrize(
     ("func", "dear"), [(abs, set()), (lambda number: -number, {"cloudpickle"})], ids=["by name", "by value"]
 )
-def test_a_task_pays_for_what_it_needs(func: Callable[[int], int], dear: set[str]) -> None:
-    lease, sink = hub.acquire("127.0.0.1", 0), Sink()
-    try:
-        payload = Payload(f"http://127.0.0.1:{lease.port}", func, 3)
-        payload.open_on(lease, sink)
-        _, imported, run = loaded("bare", payload)
-        assert sink.outcome(payload.run_id)["type"] == "task_result"
-        assert TOO_DEAR & (imported | run) == dear
-    finally:
-        lease.release()
+def test_a_task_pays_for_what_it_needs(
+    func: Callable[[int], int], dear: set[str], lease: Lease, sink: Sink
+) -> None:
+    payload = Payload(f"http://127.0.0.1:{lease.port}", func, 3)
+    payload.open_on(lease, sink)
+    _, imported, run = loaded("bare", payload)
+    assert sink.outcome(payload.run_id)["type"] == "task_result"
+    assert TOO_DEAR & (imported | run) == dear
 
 
 def test_as_the_settings_of_an_rq_worker_it_sets_nothing() -> None:

@@ -16,6 +16,7 @@ from wove_tests.callbacks import (
     events_path,
     key_of,
     kid,
+    listening,
     open_run,
     post,
     result_body,
@@ -25,15 +26,13 @@ from wove_tests.callbacks import (
 from wove_tests.services import make_certificates
 
 from wove import frames
-from wove.callback_server import guard, hub
+from wove.callback_server import guard
 from wove.callback_server.tls import read_tls
 from wove.security import fetch_tag, part_tag
 from wove.shared_parts import as_part
 from wove.worker.connection import request
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from wove.callback_server.hub import Lease
     from wove.callback_server.runs import OpenRun
 
@@ -41,18 +40,6 @@ PATIENCE = 15.0
 
 #: One and a half times what is left to aiohttp, and not a whole number of anything.
 SIZE = guard.LARGE_FROM * 3 // 2 + 7
-
-
-@pytest.fixture
-def lease() -> Iterator[Lease]:
-    shared = hub.acquire("127.0.0.1", 0)
-    yield shared
-    shared.release()
-
-
-@pytest.fixture
-def sink() -> Sink:
-    return Sink()
 
 
 @pytest.fixture
@@ -267,10 +254,7 @@ def test_both_ways_over_tls(
 ) -> None:
     certificates = make_certificates(tmp_path_factory.mktemp("tls"))
     monkeypatch.setenv("WOVE_CA", certificates.authority)
-    lease = hub.acquire(
-        "127.0.0.1", 0, read_tls({"certificate": certificates.certificate, "key": certificates.key})
-    )
-    try:
+    with listening(read_tls({"certificate": certificates.certificate, "key": certificates.key})) as lease:
         part = as_part([b"head", secrets.token_bytes(SIZE)])
         run = open_run(lease, sink, part=part)
         origin = f"https://{lease.host}:{lease.port}"
@@ -281,5 +265,3 @@ def test_both_ways_over_tls(
         body = result_body(run, value)
         assert request(origin, "POST", events_path(run), signed(run, body), [body]).status == 204
         assert sink.outcome(run.run_id)["result"] == value
-    finally:
-        lease.release()

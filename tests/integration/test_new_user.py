@@ -72,7 +72,7 @@ class TestProjectFolder:
             environment = {"ACME_BROKER": redis.url}
             with CeleryWorker(redis.url, app="acme_celery:app", cwd=project, env=environment):
                 monkeypatch.syspath_prepend(str(project))
-                import acme_work  # type: ignore[import-not-found]
+                import acme_work
 
                 config = {"broker_url": redis.url}
                 definition = {"executor": "celery", "executor_config": config, "delivery_timeout": 30}

@@ -84,10 +84,11 @@ def test_only_the_selected_tests_count(bare_machine: Path) -> None:
 
 
 def test_a_required_resource_that_is_missing_fails_the_run(bare_machine: Path) -> None:
-    done = run_pytest(bare_machine, "-k", "plain", WOVE_TEST_REQUIRE="rabbitmq, docker")
+    done = run_pytest(bare_machine, "-k", "plain", WOVE_TEST_REQUIRE="rabbitmq, docker, compiler")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "names rabbitmq, but no rabbitmq-server on PATH" in done.stderr
     assert "names docker, but no Docker engine answers" in done.stderr
+    assert "names compiler, but no cc and no gcc on PATH: apt-get install" in done.stderr
 
 
 def test_a_misspelt_requirement_fails_the_run(bare_machine: Path) -> None:

@@ -466,44 +466,25 @@ class TestCancel:
             await until(lambda: b"closed" in party(redis) or not party(redis), "all have left")
             assert await handles[1].run(tasks.double, 4) == 8
 
+    @pytest.mark.parametrize("stops", ["owner", "joiner"])
     @pytest.mark.parametrize("policy", ["cancel", "fail", "detach", "requeue"])
-    async def test_stopping_one_who_has_joined_disturbs_nobody(
-        self, worker: RqWorker, url: str, redis: Redis, files: Files, policy: str
+    async def test_stopping_one_leaves_the_job_to_the_other(
+        self, worker: RqWorker, url: str, redis: Redis, files: Files, policy: str, stops: str
     ) -> None:
         async with submitters(url, 1) as (first,):
             runtime = ExecutorRuntime({"shared": definition(url, delivery_orphan_policy=policy)})
             await runtime.start()
-            calls = await owner_and_joiner(
-                redis, [first, runtime["shared"]], tasks.count_and_wait, *files.work, 5
-            )
+            handles = [runtime["shared"], first] if stops == "owner" else [first, runtime["shared"]]
+            calls = await owner_and_joiner(redis, handles, tasks.count_and_wait, *files.work, 5)
+            stopped, other = calls if stops == "owner" else reversed(calls)
             await until_states(runtime["shared"], "started")
             await runtime.stop()
             with pytest.raises(asyncio.CancelledError if policy == "cancel" else DeliveryOrphanedError):
-                await calls[1]
-            assert joined(redis) == (policy in ("detach", "requeue"))
+                await stopped
+            if stops == "joiner":  # who wants the work to go on keeps its share of it
+                assert joined(redis) == (policy in ("detach", "requeue"))
             files.release.touch()
-            value, _ = await calls[0]
-            assert value == 5
-            await until(lambda: not party(redis), "the job is over")
-            assert await first.run(tasks.double, 2) == 4
-            assert len(files.executions()) == 1
-
-    @pytest.mark.parametrize("policy", ["cancel", "fail", "detach", "requeue"])
-    async def test_stopping_the_owner_leaves_the_job_to_who_has_joined(
-        self, worker: RqWorker, url: str, redis: Redis, files: Files, policy: str
-    ) -> None:
-        async with submitters(url, 1) as (first,):
-            runtime = ExecutorRuntime({"shared": definition(url, delivery_orphan_policy=policy)})
-            await runtime.start()
-            calls = await owner_and_joiner(
-                redis, [runtime["shared"], first], tasks.count_and_wait, *files.work, 5
-            )
-            await until_states(runtime["shared"], "started")
-            await runtime.stop()
-            with pytest.raises(asyncio.CancelledError if policy == "cancel" else DeliveryOrphanedError):
-                await calls[0]
-            files.release.touch()
-            value, _ = await calls[1]
+            value, _ = await other
             assert value == 5
             await until(lambda: not party(redis), "the job is over")
             assert await first.run(tasks.double, 2) == 4

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from wove_tests import tasks
-from wove_tests.callbacks import ENVIRONMENT, Payload, Sink, open_run
+from wove_tests import callbacks, tasks
+from wove_tests.callbacks import Payload, Sink, open_run
 from wove_tests.proxy import TcpProxy
 from wove_tests.waiting import until
 
-from wove import ExecutorRuntime, WorkerLostError
-from wove.buffers import Original
-from wove.callback_server import hub
+from wove import ExecutorRuntime, WorkerLostError, frames
 from wove.demo.processes import free_port
 from wove.errors import PayloadRejectedError, ProtocolError
 from wove.shared_parts import SharedCallable
@@ -32,7 +30,9 @@ if TYPE_CHECKING:
 
     from wove_tests.fleets import Fleets
 
+    from wove.callback_server.hub import Lease
     from wove.handle import EnvironmentHandle
+    from wove.shared_parts import Part
 
 MEBIBYTE = 1024 * 1024
 
@@ -148,7 +148,7 @@ async def test_it_is_let_go_of_with_the_map(fleet: EnvironmentHandle) -> None:
 async def test_it_is_let_go_of_when_the_loop_is_left(fleet: EnvironmentHandle) -> None:
     model = np.ones(MEBIBYTE)
     gone = weakref.ref(model)
-    async with aclosing(fleet.map(partial(tasks.look_up, model), range(1_000))) as results:  # type: ignore[type-var]
+    async with aclosing(fleet.map(partial(tasks.look_up, model), range(1_000))) as results:
         async for _ in results:
             break
     del model, results
@@ -267,29 +267,38 @@ async def test_a_worker_that_keeps_nothing(
     assert proxy.passed["response"] > 3 * model.nbytes
 
 
-def test_a_worker_that_takes_names_only_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_takes_names_only_fetches_nothing(
+    lease: Lease, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WOVE_ALLOW", "wove_tests.tasks:*")
-    lease, sink = hub.acquire("127.0.0.1", 0), Sink()
-    try:
-        with TcpProxy("127.0.0.1", lease.port) as proxy:
-            func = partial(tasks.look_up, np.ones(MEBIBYTE))
-            shared = SharedCallable(func)
-            payload = Payload(f"http://127.0.0.1:{proxy.port}", func, 1, shared=shared)
-            open_run(lease, sink, run_id=payload.run_id, nonce=payload.nonce, part=shared.part())
-            with pytest.raises(PayloadRejectedError, match="this one was sent by value"):
-                run_payload(payload.blob)
-            assert sink.outcome(payload.run_id)["error"]["kind"] == "PayloadRejectedError"
-            assert proxy.passed["response"] < MEBIBYTE
-    finally:
-        lease.release()
+    with TcpProxy("127.0.0.1", lease.port) as proxy:
+        func = partial(tasks.look_up, np.ones(MEBIBYTE))
+        shared = SharedCallable(func)
+        payload = Payload(f"http://127.0.0.1:{proxy.port}", func, 1, shared=shared)
+        open_run(lease, sink, run_id=payload.run_id, nonce=payload.nonce, part=shared.part())
+        with pytest.raises(PayloadRejectedError, match="this one was sent by value"):
+            run_payload(payload.blob)
+        assert sink.outcome(payload.run_id)["error"]["kind"] == "PayloadRejectedError"
+        assert proxy.passed["response"] < MEBIBYTE
 
 
-def test_who_knows_the_digest_has_not_got_it() -> None:
-    shared = SharedCallable(partial(tasks.look_up, np.ones(MEBIBYTE)))
-    part = shared.part()
-    assert part is not None
-    parts.cache().get(("kid", "other", part.digest), lambda: Original(part.size))
-    assert ("kid", ENVIRONMENT, part.digest) not in parts.cache()._kept
+def test_who_knows_the_digest_has_not_got_it(
+    lease: Lease, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    func = partial(tasks.look_up, np.ones(MEBIBYTE))
+    shared = SharedCallable(func)
+
+    def ends_with(part: Part | None) -> str:
+        payload = Payload(f"http://127.0.0.1:{lease.port}", func, 1, shared=shared)
+        open_run(lease, sink, run_id=payload.run_id, nonce=payload.nonce, part=part)
+        run_payload(payload.blob)
+        kind: str = sink.outcome(payload.run_id)["type"]
+        return kind
+
+    assert ends_with(shared.part()) == frames.TASK_RESULT
+    assert ends_with(None) == frames.TASK_RESULT, "it is there for others of the environment"
+    monkeypatch.setattr(callbacks, "ENVIRONMENT", "another")
+    assert ends_with(None) == frames.TASK_CANCELLED, "there was nothing to fetch"
 
 
 async def collect(fleet: EnvironmentHandle, func: Any, count: int) -> list[Any]:

@@ -200,9 +200,7 @@ def strike_once(monkeypatch: pytest.MonkeyPatch, *, after: int = 0) -> None:
 
 def run(payload: Payload, **options: Any) -> bool:
     """Run a payload as a backend does."""
-    # Annotated as returning None; it says whether the function ran to its end.
-    completed: bool = execution.run(payload.blob, **options)  # type: ignore[func-returns-value, assignment]
-    return completed
+    return execution.run(payload.blob, **options)
 
 
 def rebuilt(payload: Payload, change: Callable[[dict[str, Any]], dict[str, Any]]) -> bytes:
@@ -217,6 +215,22 @@ def outcome(server: FakeCallbackServer, payload: Payload) -> Frame:
     """Return the one outcome of a run that was taken."""
     (request,) = [request for request in server.outcomes(payload) if request.accepted]
     return request.frames(payload)[-1]
+
+
+def hear_of_withdrawals(
+    server: FakeCallbackServer,
+    monkeypatch: pytest.MonkeyPatch,
+    told: str = "7",
+    *,
+    recent: float = 60.0,
+    settled: float = 3600.0,
+) -> None:
+    """Have the listener tell this worker how many withdrawals there were; nothing that comes then is fresh."""
+    monkeypatch.setattr(starting, "FRESH", 0.0)
+    monkeypatch.setattr(starting, "RECENT", recent)
+    monkeypatch.setattr(starting, "SETTLED", settled)
+    server.script["events"].extend([Answer(204, {"Wove-Withdrawn": told})] * 4)
+    assert run(Payload(server.url, double, 0))
 
 
 class TestOutcome:
@@ -268,11 +282,7 @@ class TestOutcome:
         recent: float,
         asks: bool,
     ) -> None:
-        monkeypatch.setattr(starting, "FRESH", 0.0)
-        monkeypatch.setattr(starting, "RECENT", recent)
-        monkeypatch.setattr(starting, "SETTLED", 3600.0)
-        server.script["events"].extend([Answer(204, {"Wove-Withdrawn": told})] * 2)
-        assert run(Payload(server.url, double, 0))
+        hear_of_withdrawals(server, monkeypatch, told, recent=recent)
         for origin in connection.clock_offsets:  # by its reply alone the clock may be a moment off
             connection.clock_offsets[origin] = (0.0, time.time() - time.monotonic())
         waiting = Payload(server.url, double, 21, **payload)
@@ -283,11 +293,7 @@ class TestOutcome:
     def test_a_copy_of_what_this_process_has_begun_is_asked_for(
         self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(starting, "FRESH", 0.0)
-        monkeypatch.setattr(starting, "RECENT", 60.0)
-        monkeypatch.setattr(starting, "SETTLED", 3600.0)
-        server.script["events"].extend([Answer(204, {"Wove-Withdrawn": "7"})] * 4)
-        assert run(Payload(server.url, double, 0))
+        hear_of_withdrawals(server, monkeypatch)
         payload = Payload(server.url, double, 21, withdrawn=7)
         assert run(payload)
         assert run(payload)
@@ -297,11 +303,7 @@ class TestOutcome:
     def test_what_waited_long_is_asked_for(
         self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(starting, "RECENT", 60.0)
-        monkeypatch.setattr(starting, "FRESH", 0.0)
-        monkeypatch.setattr(starting, "SETTLED", 0.0)
-        server.script["events"].extend([Answer(204, {"Wove-Withdrawn": "7"})] * 2)
-        assert run(Payload(server.url, double, 0))
+        hear_of_withdrawals(server, monkeypatch, settled=0.0)
         waiting = Payload(server.url, double, 21, withdrawn=7)
         assert run(waiting)
         assert "fence" in server.events(waiting)[0].frames(waiting)[0]
@@ -667,6 +669,8 @@ class TestDelivery:
         begun = time.monotonic()
         run(payload)
         assert time.monotonic() - begun < 10, "and not for 300 s"
+        assert CALLS == [1]
+        assert server.outcomes(payload), "it was offered"
 
     @pytest.mark.parametrize("size", [20_000, 32 * 1024 * 1024], ids=["small", "large"])
     def test_a_result_that_is_too_large_becomes_an_error(
@@ -768,7 +772,7 @@ class TestFence:
         for age, skipped in ((30, False), (600, True)):
             old = rebuilt(payload, lambda envelope, age=age: {**envelope, "sent_at": time.time() - age})
             CALLS.clear()
-            completed: object = execution.run(old)  # type: ignore[func-returns-value]
+            completed = execution.run(old)
             assert (completed, CALLS) == ((False, []) if skipped else (True, [21]))
             connection.clock_offsets.clear()
 
@@ -1007,6 +1011,7 @@ class TestProgress:
         run(payload)
         assert outcome(server, payload)["result"] == 60
         seen = [int(text.removeprefix("step ")) for text in messages(server, payload)]
+        assert seen
         assert seen == sorted(seen)
 
     def test_what_comes_after_the_end_is_dropped(self, server: FakeCallbackServer) -> None:

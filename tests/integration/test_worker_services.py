@@ -373,8 +373,16 @@ asyncio.run(main())
             with pytest.raises(ValueError, match="at least 16 bytes"):
                 make(security="short")
 
-    def test_a_cancellation_of_an_unknown_run_is_nothing(self) -> None:
-        assert Packet(b"".join(map(bytes, encode_cancel("ab" * 16)))).run_id == "ab" * 16
+    async def test_a_cancellation_of_an_unknown_run_is_nothing(self) -> None:
+        async with _served(http_application(security="none")) as base, aiohttp.ClientSession() as session:
+
+            async def post(body: bytes) -> list[str]:
+                async with session.post(f"{base}/wove/", data=body) as answer:
+                    assert answer.status == 200
+                    return [Packet(raw).kind for raw in split_packets(await answer.read())]
+
+            assert await post(b"".join(map(bytes, framed(encode_cancel("cd" * 16))))) == []
+            assert (await post(_command()))[-1] == "task_result", "the service is well"
 
 
 class TestOneRunOnce:

@@ -80,7 +80,7 @@ async def test_a_call_without_an_outcome_is_lost(monkeypatch: pytest.MonkeyPatch
     ledger = Ledger()
     load = Load({}, ledger, 1, None)
     call = a_call(deadline=0.01)
-    await load._follow(call, Silent(), Job("noop", abs, (), 0.0, 0.01), None)  # type: ignore[arg-type]
+    await load._follow(call, Silent(), Job("noop", abs, (), 0.0, 0.01), None)
     assert call.outcome == "lost"
     assert len(ledger.lost) == 1
 

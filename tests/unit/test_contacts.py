@@ -395,7 +395,7 @@ class TestOpenRuns:
                 self.woken += 1
 
         beats = [Beat(), Beat()]
-        run.watchers = dict.fromkeys(beats)  # type: ignore[arg-type]
+        run.watchers = dict.fromkeys(beats)
         runs.add(run)
         getattr(runs, end)(RUN)
         assert [beat.woken for beat in beats] == [1, 1]

@@ -250,7 +250,7 @@ class TestBounds:
         for _ in range(20):
             await asyncio.sleep(0)
         assert gates.begun == []
-        await results.aclose()  # type: ignore[attr-defined]
+        await results.aclose()
 
 
 class Falsy(Exception):
@@ -346,11 +346,11 @@ class TestErrors:
 
     async def test_items_that_are_none(self, handle: EnvironmentHandle) -> None:
         with pytest.raises(TypeError, match="int"):
-            await anext(handle.map(times_ten, 5))  # type: ignore[call-overload]
+            await anext(handle.map(times_ten, 5))
 
     async def test_a_function_that_is_none(self, handle: EnvironmentHandle) -> None:
         with pytest.raises(TypeError, match="takes a callable, not int"):
-            await anext(handle.map(5, [1]))  # type: ignore[call-overload]
+            await anext(handle.map(5, [1]))
 
     async def test_a_stopped_environment_is_an_error_and_no_silence(self) -> None:
         async with ExecutorRuntime({"here": {}}) as runtime:
@@ -384,7 +384,7 @@ class TestLeavingEarly:
         gates.let_go(0)
         assert await anext(results) == 0
         await until(lambda: len(gates.begun) == 4, "three more have begun")
-        await results.aclose()  # type: ignore[attr-defined]
+        await results.aclose()
         assert len(handle._dispatcher.table) == 0
         await until(lambda: sorted(gates.cancelled) == [1, 2, 3], "they were cancelled")
         assert len(gates.begun) == 4

@@ -57,7 +57,7 @@ class TestConfig:
     def test_it_is_known_by_the_name_of_the_security_module(self) -> None:
         assert wove.security.NetworkExecutorSecurity is NetworkExecutorSecurity
         with pytest.raises(AttributeError):
-            _ = wove.security.no_such_name  # type: ignore[attr-defined]
+            _ = wove.security.no_such_name
 
     @pytest.mark.parametrize(
         ("config", "mode"),

@@ -65,7 +65,7 @@ def _no_outages_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 def task(**changes: Any) -> Assignment:
     """Return what an offer needs to know of a run."""
     known = {"run_id": "a" * 32, "origin": ORIGIN, "timeout": None, "keep": False, **changes}
-    return SimpleNamespace(**known)  # type: ignore[return-value]
+    return SimpleNamespace(**known)
 
 
 class Server:

@@ -95,10 +95,7 @@ def test_a_member_alone_is_the_same_each_time_and_shares_the_executions(
 
 
 def test_a_member_has_the_key_of_its_own_id(batch: OpenBatch, runs: OpenRuns) -> None:
-    keys = {
-        runs.get(run_id).key(batch.ring.primary.kid)  # type: ignore[union-attr]
-        for run_id in (*batch.run_ids, batch.run_id)
-    }
+    keys = {runs.get(run_id).key(batch.ring.primary.kid) for run_id in (*batch.run_ids, batch.run_id)}
     assert len(keys) == 5
     assert None not in keys
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zoneinfo
 from collections import OrderedDict, namedtuple
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import IntEnum
 from typing import Any
@@ -31,7 +31,6 @@ from wove.plain_data import (
 )
 from wove.wire import decode_value, encode_value
 
-UTC = timezone.utc  # noqa: UP017 - the same object, named as its repr is
 CET = timezone(timedelta(hours=1))
 
 

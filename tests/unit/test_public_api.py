@@ -76,7 +76,7 @@ class TestNames:
 
     def test_a_name_that_does_not_exist_is_an_attribute_error(self) -> None:
         with pytest.raises(AttributeError, match="module 'wove' has no attribute 'no_such_name'"):
-            wove.no_such_name  # noqa: B018
+            _ = wove.no_such_name
         with pytest.raises(ImportError):
             exec("from wove import no_such_name")
 

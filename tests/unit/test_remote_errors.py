@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import numpy
 import pytest
 from wove_tests.tasks import TwoArguments
 
@@ -182,7 +183,7 @@ class TestAcross:
     )
     def test_what_cannot_or_must_not_be_raised_there_is_not_rebuilt(self, exc: BaseException) -> None:
         if isinstance(exc, HostileReduce):
-            exc.lock = threading.Lock()  # type: ignore[attr-defined]
+            exc.lock = threading.Lock()
         assert across(raised(exc)) is None
 
     def test_no_exception_changes_its_type_on_the_way(self) -> None:
@@ -231,7 +232,6 @@ class TestEncoding:
         assert [entry["message"] for entry in encode_exception(one, [])] == ["one", "two"]
 
     def test_large_buffers_leave_room_for_the_rest_of_the_message(self) -> None:
-        numpy = pytest.importorskip("numpy")
         arrays = [numpy.zeros(100_000, dtype="uint8") for _ in range(MAX_ENTRIES)]
         attachments: list[Any] = []
         encode_exception(raised(ValueError(arrays), cause=ValueError(arrays)), attachments)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 import msgpack
 import pytest
+from wove_tests.recorder import record_calls
 
 from wove.backend import build_payload
 from wove.errors import ConfigurationError, PayloadRejectedError
@@ -215,20 +216,7 @@ class TestPayloads:
 @pytest.fixture
 def decoders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record what is decoded."""
-    calls: list[str] = []
-
-    def record(module: Any, name: str) -> None:
-        original = getattr(module, name)
-
-        def recorder(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, recorder)
-
-    record(msgpack, "unpackb")
-    record(pickle, "loads")
-    return calls
+    return record_calls(monkeypatch, (msgpack, "unpackb"), (pickle, "loads"))
 
 
 class TestWorkerSide:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import msgpack
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,7 +131,6 @@ class TestValues:
         assert round_trip(Local)().number == 2
 
     def test_large_buffers_are_not_copied_and_come_back_writable(self) -> None:
-        numpy = pytest.importorskip("numpy")
         array = numpy.zeros(OUT_OF_BAND_FROM, dtype="uint8")
         attachments: list[Any] = []
         descriptor = encode_value({"array": array}, attachments)
@@ -141,7 +141,6 @@ class TestValues:
         assert back.sum() == OUT_OF_BAND_FROM
 
     def test_small_and_scattered_buffers_stay_in_the_pickle(self) -> None:
-        numpy = pytest.importorskip("numpy")
         small = numpy.zeros(OUT_OF_BAND_FROM - 1, dtype="uint8")
         scattered = numpy.arange(4 * OUT_OF_BAND_FROM, dtype="uint8").reshape(4, -1)[:, ::2]
         for array in (small, scattered):
@@ -149,7 +148,6 @@ class TestValues:
             assert (round_trip(array) == array).all()
 
     def test_more_large_buffers_than_a_message_has_room_for(self) -> None:
-        numpy = pytest.importorskip("numpy")
         arrays = [numpy.full(OUT_OF_BAND_FROM, n, dtype="uint8") for n in range(MAX_ENTRIES + 10)]
         back = round_trip(arrays)
         assert [int(array[0]) for array in back] == list(range(MAX_ENTRIES + 10))
@@ -322,7 +320,7 @@ class TestCallables:
 
     def test_a_function_whose_name_means_another_by_now_travels_by_value(self, module: ModuleType) -> None:
         original = module.task
-        module.task = lambda: 0  # type: ignore[attr-defined]
+        module.task = lambda: 0
         attachments: list[Any] = []
         described = encode_callable(original, attachments)
         assert decode_callable(described, [memoryview(part) for part in attachments])() == 42

@@ -44,4 +44,4 @@ _Shifted.__module__ = "datetime"
 
 time.time = _shifted
 time.time_ns = lambda: int(_shifted() * 1e9)
-datetime.datetime = _Shifted  # type: ignore[misc]
+datetime.datetime = _Shifted

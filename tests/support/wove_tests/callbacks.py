@@ -6,21 +6,24 @@ import http.client
 import os
 import secrets
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wove import frames
 from wove.backend import build_payload
+from wove.callback_server import hub
 from wove.callback_server.runs import OpenRun
 from wove.security import event_tag, find_secrets, run_key
 from wove.wire import encode_value, pack_message
 from wove_tests.fleets import SUPPORT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from typing_extensions import Buffer
 
     from wove.callback_server.hub import Lease
+    from wove.callback_server.tls import ListenerTls
     from wove.frames import Frame
     from wove.shared_parts import SharedCallable
 
@@ -73,6 +76,16 @@ class Sink:
         )
         (outcome,) = [frame for frame in self.of(run_id) if frame["type"] in frames.TERMINAL]
         return outcome
+
+
+@contextmanager
+def listening(tls: ListenerTls | None = None) -> Iterator[Lease]:
+    """Have a share of the listener on any port of 127.0.0.1, as an executor has it; the fixture ``lease`` is one."""
+    lease = hub.acquire("127.0.0.1", 0, tls)
+    try:
+        yield lease
+    finally:
+        lease.release()
 
 
 def open_run(lease: Lease, sink: Sink, *, max_body: int = 8 * 1024 * 1024, **changes: Any) -> OpenRun:

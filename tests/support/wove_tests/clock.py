@@ -34,7 +34,7 @@ class Clock:
         return SimpleNamespace(monotonic=self, sleep=self.advance)
 
 
-class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[valid-type,misc]
+class _JumpingSelector(selectors.DefaultSelector):
     """Lets the clock jump to the next timer instead of waiting for it."""
 
     def __init__(self, clock: Clock) -> None:
@@ -64,14 +64,21 @@ class JumpingLoop(asyncio.SelectorEventLoop):
 
 
 def jumping(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run a test, which has a fixture named ``clock``, in a :class:`JumpingLoop` of that clock."""
+    """Run a test in a :class:`JumpingLoop` of the fixture ``clock``, which the test may take as well."""
+    signature = inspect.signature(test)
+    takes_clock = "clock" in signature.parameters
 
     @functools.wraps(test)
-    def run(*args: Any, **fixtures: Any) -> None:
-        with asyncio.Runner(loop_factory=lambda: JumpingLoop(fixtures["clock"])) as runner:
+    def run(*args: Any, clock: Clock, **fixtures: Any) -> None:
+        if takes_clock:
+            fixtures["clock"] = clock
+        with asyncio.Runner(loop_factory=lambda: JumpingLoop(clock)) as runner:
             runner.run(test(*args, **fixtures))
 
+    if not takes_clock:
+        asked = inspect.Parameter("clock", inspect.Parameter.KEYWORD_ONLY)
+        signature = signature.replace(parameters=[*signature.parameters.values(), asked])
+    run.__signature__ = signature
     # pytest-asyncio would take it for a coroutine function still, going by what it wraps.
-    run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
-    del run.__wrapped__  # type: ignore[attr-defined]
+    del run.__wrapped__
     return run

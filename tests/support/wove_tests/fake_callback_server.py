@@ -234,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.fake: FakeCallbackServer = self.server.fake  # type: ignore[attr-defined]
+        self.fake: FakeCallbackServer = self.server.fake
         self.fake.connections.add(self.connection)
 
     def finish(self) -> None:

@@ -1,14 +1,15 @@
-"""What a machine must have for some tests: Redis, RabbitMQ, Docker, Node.js.
+"""What a machine must have for some tests: Redis, RabbitMQ, Docker, Node.js, a C compiler.
 
 A test that needs what the machine lacks is skipped, and the end of the run lists each missing thing with
-the command that brings it. ``WOVE_TEST_REQUIRE=redis,rabbitmq,docker,node`` turns a missing one into a failure
-of the whole run, so that a CI job cannot be green by skipping.
+the command that brings it. ``WOVE_TEST_REQUIRE=redis,rabbitmq,docker,node,compiler`` turns a missing one into a
+failure of the whole run, so that a CI job cannot be green by skipping.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
@@ -62,6 +63,11 @@ def image_name(variable: str) -> str:
     return os.environ.get(variable) or IMAGES[variable]
 
 
+def find_compiler() -> str | None:
+    """Return the C compiler of this machine."""
+    return shutil.which("cc") or shutil.which("gcc")
+
+
 def _missing_redis() -> Missing | None:
     if find_redis_server():
         return None
@@ -100,11 +106,23 @@ def _missing_node() -> Missing | None:
     return Missing("no node on PATH, or one older than 18", "apt-get install nodejs")
 
 
+def _missing_compiler() -> Missing | None:
+    bring = "apt-get install gcc libc6-dev"
+    compiler = find_compiler()
+    if compiler is None:
+        return Missing("no cc and no gcc on PATH", bring)
+    # Debian has a compiler without the headers of the C library.
+    if not _succeeds(compiler, "-fsyntax-only", "-include", "dlfcn.h", "-x", "c", os.devnull):
+        return Missing(f"{compiler} finds no dlfcn.h", bring)
+    return None
+
+
 _FINDERS: dict[str, Callable[[], Missing | None]] = {
     "redis": _missing_redis,
     "rabbitmq": _missing_rabbitmq,
     "docker": _missing_docker,
     "node": _missing_node,
+    "compiler": _missing_compiler,
 }
 
 # Whoever asks for one of these fixtures needs the resource; nothing has to be marked by hand.
@@ -114,6 +132,7 @@ _FIXTURES = {
     "rabbitmq_url": "rabbitmq",
     "docker_engine": "docker",
     "docker_services": "docker",
+    "workers_clock": "compiler",
 }
 
 

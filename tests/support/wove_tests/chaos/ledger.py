@@ -177,7 +177,7 @@ def watch_outcomes(note: Callable[[str], None]) -> Callable[[], int]:
             note(f"run {run.run_id} was closed twice")
         seen.add(number)
 
-    outcome_class.__init__ = counting  # type: ignore[method-assign]
+    outcome_class.__init__ = counting
     return lambda: len(seen)
 
 
