@@ -33,6 +33,8 @@ ACK = "ack"
 HELLO = "hello"
 PING = "ping"
 UNKNOWN = "unknown"
+#: Metadata at the head of a gRPC answer: the commands were taken. A head alone does not say so, as an error has one too.
+TAKEN = "wove-taken"
 #: Entries of a list within an envelope; longer ones are sent in several packets.
 MAX_LIST = 60
 

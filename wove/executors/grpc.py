@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove.errors import ConfigurationError, MissingDispatchFeatureError, safe_text
-from wove.exchange import encode_cancel
+from wove.exchange import TAKEN, encode_cancel
 from wove.executors.grpc_line import Line, read_hello
 from wove.executors.grpc_loop import Pipe, loop_of_calls
 from wove.executors.network import (
@@ -320,10 +320,11 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
                 raise RuntimeError("the grpc executor is not started")
             if self._broken is not None and not urgent:
                 await self._leave_broken()
-            call = await self._call(send, body, patience, answer)
+            call, chunk = await self._call(send, body, patience, answer)
             try:
-                silence = max(self.timeout, SILENCE_SECONDS)
-                while (chunk := await self._within(silence, call.read())) is not aio.EOF:
+                if chunk is not None:
+                    answer.put(chunk)
+                while (chunk := await self._within(self._silence, call.read())) is not aio.EOF:
                     answer.put(chunk)
                 if await call.code() is not self._grpc.StatusCode.OK:
                     raise ConnectionError(f"{(await call.code()).name}: {await call.details()}")
@@ -336,31 +337,42 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         finally:
             answer.put(None)
 
-    async def _call(self, send: Any, body: bytes, patience: float, answer: Pipe) -> Any:
-        """Return the call when it was answered; it is made again where the service's clock is another."""
+    async def _call(self, send: Any, body: bytes, patience: float, answer: Pipe) -> tuple[Any, bytes | None]:
+        """Return the call when it was taken, and what has come of it by then.
+
+        It is made again where the service's clock is another.
+        """
         for attempt in range(3):
             signed = await self._sign(body, self._method)
             call = send(body, metadata=(*self._metadata, ("wove-host", self._target), *signed))
             try:
-                problem = await self._answered(call, patience, dict(signed), learn=attempt == 0)
+                told = await self._answered(call, patience, dict(signed), learn=attempt == 0)
             except BaseException:
                 call.cancel()
                 raise
-            if problem is None:
+            if told is None or isinstance(told, bytes):
                 answer.put(Seal(self.security.answer_key(dict(signed)), "answer"))
-                return call
-            if isinstance(problem, Exception):
-                raise problem
+                return call, told
+            if isinstance(told, Exception):
+                raise told
         raise ConnectionError("it answered that the request's clock is wrong")
 
     async def _answered(
         self, call: Any, patience: float, signed: dict[str, str], *, learn: bool
-    ) -> Exception | str | None:
-        """Wait for the answer's head; return None, an error, or that the request is to be sent again."""
+    ) -> Exception | str | bytes | None:
+        """Wait until the request was taken.
+
+        Returns:
+            None, or the first that has come of it; else an error, or that it is to be sent again.
+        """
         try:
-            await self._within(patience, call.initial_metadata())
-            if not call.done():
+            head = await self._within(patience, call.initial_metadata())
+            if any(name == TAKEN for name, _ in head or ()):
                 return None
+            # A service of somebody else's says nothing there, nor does ours when it refuses the request.
+            first = await self._within(max(patience, self._silence), call.read())
+            if isinstance(first, bytes):
+                return first
             code, details = await call.code(), await call.details()
             trailing = await call.trailing_metadata()
         except self._grpc.aio.AioRpcError as exc:
@@ -401,6 +413,10 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
                 return await work
         except TimeoutError:
             raise self._silent(limit) from None
+
+    @property
+    def _silence(self) -> float:
+        return max(self.timeout, SILENCE_SECONDS)
 
     def _silent(self, seconds: float) -> ConnectionError:
         return ConnectionError(f'nothing came from it for {seconds:g} s (executor_config["timeout"])')

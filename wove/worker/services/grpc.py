@@ -13,6 +13,7 @@ from wove.errors import ConfigurationError, ProtocolError, WoveError
 from wove.exchange import (
     HELLO,
     PING,
+    TAKEN,
     VERSION,
     Packet,
     PacketReader,
@@ -114,7 +115,7 @@ class WorkerHandler(grpc.GenericRpcHandler):
             await self._take(body, listener, context)
             quick = await sealed(await listener.take_quick(QUICK_SECONDS), seal)
             # The caller learns that its commands were taken, long before anything comes of slow ones.
-            await context.send_initial_metadata(())
+            await context.send_initial_metadata(((TAKEN, "1"),))
             for chunk in chunked(quick, CHUNK):
                 yield bytes(chunk)
             while not listener.done:
