@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -319,6 +320,54 @@ class _served:
         await self._runner.cleanup()
 
 
+#: A service that refuses after the head of its answer has arrived, as gRPC may well deliver an error.
+LATE_REFUSAL = """
+class Refuses(grpc.GenericRpcHandler):
+    def service(self, details):
+        if details.method == "/my.Service/Run":
+            return grpc.unary_stream_rpc_method_handler(self.refuse)
+
+    async def refuse(self, request, context):
+        await context.send_initial_metadata(())
+        await asyncio.sleep(0.3)
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not today")
+        yield b""
+"""
+
+
+@asynccontextmanager
+async def _grpc_server(
+    setup: str, handler: str, last: str = "asyncio.sleep(0)"
+) -> AsyncIterator[dict[str, Any]]:
+    """Serve a handler in a process of its own; what it is given is the config of an executor that calls it."""
+    program = f"""
+import asyncio, grpc
+{setup}
+
+async def main():
+    server = grpc.aio.server()
+    handler = {handler}
+    server.add_generic_rpc_handlers((handler,))
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    await server.start()
+    await asyncio.to_thread(input)
+    await server.stop(0.5)
+    await {last}
+
+asyncio.run(main())
+"""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        port = int(await process.stdout.readline())
+        yield {"target": f"127.0.0.1:{port}", "method": "/my.Service/Run"}
+    finally:
+        await process.communicate(b"\n")
+    assert process.returncode == 0
+
+
 class TestEmbedded:
     """In a server that is there already."""
 
@@ -333,38 +382,19 @@ class TestEmbedded:
 
     async def test_grpc_in_a_process_of_its_own(self) -> None:
         """grpcio's loops do not like company: the server has a process, as it would in earnest."""
-        program = """
-import asyncio, grpc
-from wove.worker.services import grpc_handler
-
-async def main():
-    server = grpc.aio.server()
-    handler = grpc_handler(method="/my.Service/Run", threads=2)
-    server.add_generic_rpc_handlers((handler,))
-    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
-    await server.start()
-    await asyncio.to_thread(input)
-    await server.stop(0.5)
-    await handler.stop()
-
-asyncio.run(main())
-"""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            program,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
+        made = (
+            "from wove.worker.services import grpc_handler",
+            'grpc_handler(method="/my.Service/Run", threads=2)',
         )
-        assert process.stdout is not None
-        try:
-            port = int(await process.stdout.readline())
-            config = {"target": f"127.0.0.1:{port}", "method": "/my.Service/Run"}
+        async with _grpc_server(*made, last="handler.stop()") as config:
             async with ExecutorRuntime({"g": {"executor": "grpc", "executor_config": config}}) as runtime:
                 assert await runtime["g"].run(abs, -42) == 42
-        finally:
-            await process.communicate(b"\n")
-        assert process.returncode == 0
+
+    async def test_a_grpc_error_that_comes_after_its_head_is_a_refusal(self) -> None:
+        async with _grpc_server(LATE_REFUSAL, "Refuses()") as config:
+            async with ExecutorRuntime({"g": {"executor": "grpc", "executor_config": config}}) as runtime:
+                with pytest.raises(SubmitError, match="not today"):
+                    await runtime["g"].run(abs, -42)
 
     def test_options_are_checked_at_once(self) -> None:
         for make in (http_application, websocket_application, grpc_handler):
