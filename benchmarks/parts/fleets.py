@@ -160,11 +160,11 @@ class FleetStarter:
         return self._fleet()
 
     def rq(self, worker_class: str | None = None, *, preload: bool = False) -> Fleet:
-        """Start RQ workers for all contenders; with ``preload`` one more, which has imported Wove before it forks."""
+        """Start RQ workers for all contenders; with ``preload`` one more, which has made Wove ready before it forks."""
         names = ("raw", "peer", "wove", "preloaded") if preload else ("raw", "peer", "wove")
         for name in self._contenders(*names):
             url = self._bench.redis_url()
-            extra = ("-c", "wove.worker.rq") if name == "preloaded" else ()
+            extra = ("-c", "wove.worker.rq_preload") if name == "preloaded" else ()
             worker = RqWorker(url, worker_class=worker_class, cwd=REMOTE, extra_args=extra)
             definition = {"executor": "rq", "executor_config": {"redis_url": url}}
             kind = {"raw": "raw-rq", "peer": "peer"}.get(name, "wove")

@@ -253,7 +253,7 @@ _README_ROWS = (
     ("celery-map", "Celery, `map`"),
     ("celery-p50", "Celery, one call after another (p50)"),
     ("rq-fork-unbatched", "RQ, calls at once"),
-    ("rq-preloaded-unbatched", "RQ, calls at once, `rq worker -c wove.worker.rq`"),
+    ("rq-preloaded-unbatched", "RQ, calls at once, `rq worker -c wove.worker.rq_preload`"),
     ("rq-fork-map", "RQ, `map`"),
     ("array", "64 MiB array there and back"),
     ("array-caller", "peak memory of the caller for it"),
