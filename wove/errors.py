@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 #: Longest traceback or message text, in characters, that an error payload carries.
 MAX_TEXT = 16_000
 
-#: What code raises by itself, beside asyncio's CancelledError: that would have to be imported for it.
-_BY_CODE = (Exception, SystemExit, GeneratorExit)
-
 #: Frames of these modules at the top of a traceback tell users nothing about their task.
 _OWN_MODULES = ("wove.worker.", "wove.executors.", "wove.threads", "wove.adapters.")
 
@@ -200,13 +197,10 @@ def _user_part(tb: TracebackType | None) -> TracebackType | None:
 def raised_by_code(exc: BaseException) -> bool:
     """Tell whether the code that was called has raised ``exc`` by itself.
 
-    Any other has struck while it ran, such as Ctrl-C or a host's time limit, and means the caller: it is to be
-    raised again.
+    Ctrl-C has struck while it ran, and means the caller: it is to be raised again. Python raises that in the main
+    thread alone.
     """
-    if isinstance(exc, _BY_CODE) or is_cancellation(exc):
-        return True
-    # Python raises it in the main thread alone: anywhere else it would end somebody's event loop for nothing.
-    return isinstance(exc, KeyboardInterrupt) and threading.get_ident() != threading.main_thread().ident
+    return not isinstance(exc, KeyboardInterrupt) or threading.get_ident() != threading.main_thread().ident
 
 
 def is_cancellation(exc: BaseException) -> bool:

@@ -44,7 +44,9 @@ def rq_fork_rows(fleet: Fleet) -> list[Row]:
     scale = fleet.bench.scale
     calls = max(2, scale.calls // 5)
     rows = _Rows("rq-fork", FORK, fleet, scale.fork, calls)
-    preloaded = _Rows("rq-preloaded", f"{FORK}, `rq worker -c wove.worker.rq_preload`", fleet, scale.fork, calls)
+    preloaded = _Rows(
+        "rq-preloaded", f"{FORK}, `rq worker -c wove.worker.rq_preload`", fleet, scale.fork, calls
+    )
     rows.ask(1.0)
     preloaded.ask(1.0)
     rows.measure(others={"preloaded": preloaded})

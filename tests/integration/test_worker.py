@@ -171,6 +171,12 @@ async def loop_and_thread_async() -> tuple[int, int]:
     return threading.get_ident(), id(asyncio.get_running_loop())
 
 
+def talk(lines: int) -> int:
+    for number in range(lines):
+        current().log(f"line {number}")
+    return lines
+
+
 class SoftTimeLimitExceeded(Exception):
     """Named as Celery's, which strikes wherever the main thread is."""
 
@@ -370,13 +376,28 @@ class TestOutcome:
             run(payload)
         assert outcome(server, payload)["error"]["kind"] == "SoftTimeLimitExceeded"
 
-    def test_an_outcome_that_a_time_limit_interrupts_is_kept(
+    def test_a_copy_whose_time_is_up_while_it_asks_says_nothing(
         self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        strike_once(monkeypatch, after=1)  # the question for leave goes through
-        payload, hooks = Payload(server.url, double, 1), Keeps()
+        # Another execution may be under way, and its outcome is the one that counts.
+        strike_once(monkeypatch)
+        payload = Payload(server.url, double, 1)
         with pytest.raises(SoftTimeLimitExceeded):
-            execution.run(payload.blob, hooks=hooks)
+            run(payload, redelivered=True)
+        assert server.outcomes(payload) == []
+        strike_once(monkeypatch, after=1)
+        server.script["events"].append(Answer(503, {"Retry-After": "0.05"}))
+        assert run(payload) is False
+        assert server.outcomes(payload) == []
+
+    @pytest.mark.parametrize("lines", [0, 60], ids=["the outcome", "what goes ahead of it"])
+    def test_an_outcome_that_a_time_limit_interrupts_is_kept(
+        self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch, lines: int
+    ) -> None:
+        strike_once(monkeypatch, after=1)  # the question for leave goes through
+        payload, hooks = Payload(server.url, talk, lines), Keeps()
+        # It has done its work, and the backend is not to have it done again.
+        assert run(payload, hooks=hooks)
         assert len(hooks.parked) == 1
 
     def test_a_cancellation_that_nobody_asked_for_is_an_error(self, server: FakeCallbackServer) -> None:

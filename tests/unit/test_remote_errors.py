@@ -54,8 +54,8 @@ class Disguised(Exception):
         return (KeyError, ("not what it was",))
 
 
-class HostAbort(BaseException):
-    """As a host raises it in a task whose time is up."""
+class Fatal(BaseException):
+    """A user's own that is no ``Exception``."""
 
 
 def strike(kind: type[BaseException]) -> NoReturn:
@@ -78,8 +78,8 @@ class Struck(Exception):
 
 
 #: What code raises by itself, and what only strikes there.
-BY_CODE = [ValueError, SystemExit, GeneratorExit, asyncio.CancelledError]
-FROM_OUTSIDE = [KeyboardInterrupt, HostAbort]
+BY_CODE = [ValueError, SystemExit, GeneratorExit, asyncio.CancelledError, Fatal]
+FROM_OUTSIDE = [KeyboardInterrupt]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wove.errors import is_cancellation
 from wove.worker.batch_session import BatchSession
-from wove.worker.calls import cancelled_itself, explain_failed_load, load
+from wove.worker.calls import cancelled_itself, end_in_failure, explain_failed_load, load
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
 from wove.worker.hooks import is_time_limit, keep
@@ -44,9 +44,9 @@ def run_batch(
     session = BatchSession(assignment, backend)
     try:
         wanted = session.may_start(redelivered=redelivered, unseen=hooks.unseen)
-    except BaseException as exc:
-        hooks.ends(None, exc)
-        session.fail(exc)
+    except Exception as exc:
+        if is_time_limit(exc) and not redelivered:
+            end_in_failure(session, exc, hooks)
         raise
     if not wanted:
         logger.info("batch %s is not wanted (any more): skipped", assignment.run_id)
@@ -65,9 +65,11 @@ def run_batch(
             work.execute()
         finally:
             # Also when a time limit strikes, or a task ends the process: nothing that is done is lost.
-            session.give_back()
-            session.deliver()
-            keep(session, hooks)
+            try:
+                session.give_back()
+                session.deliver()
+            finally:
+                keep(session, hooks)
         if work.again is not None:
             # Those runs are open, and the fence keeps the others from being executed again.
             session.retried(

@@ -245,11 +245,12 @@ class BatchSession(Session):
 
     def deliver(self) -> None:
         """Deliver what is left, however long the callback server is away."""
-        # What one request does not hold goes ahead, as long as somebody listens.
-        while len(self._pending) > MAX_FRAMES - 4 and self.report():
-            pass
+        struck = self._send_surplus()
         with self._sending:
             news = self._take_news()
+            if struck is not None:
+                self._park_news(news)
+                raise struck
             if news.rows:
                 self._deliver(news)
 

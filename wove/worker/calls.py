@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from wove.errors import ConfigurationError, PayloadRejectedError, WoveError, is_cancellation
 from wove.refusals import count_refusal
 from wove.worker.fetching import FetchFailed, NotWanted
+from wove.worker.hooks import is_time_limit, keep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from wove.worker.context import RunContext
     from wove.worker.hooks import BackendHooks
+    from wove.worker.session import Session
 
     T = TypeVar("T")
 
@@ -101,10 +103,12 @@ def load(session: Execution, loader: Callable[[], T], hooks: BackendHooks | None
 
 
 def explain_failed_load(session: Execution, exc: BaseException) -> None:
-    """Note the refusal of a payload; tell with any other failure to load a call what mends it."""
+    """Note the refusal of a payload; tell with a failure to load a call what mends it."""
     worker, task_id = session.worker, session.assignment.task_id
     if isinstance(exc, PayloadRejectedError):
         note_refusal(exc, "payload of task %s rejected: %s", task_id, exc)
+        return
+    if is_time_limit(exc):
         return
     exc.add_note(
         f"the worker on {worker['host']} (pid {worker['pid']}) could not load {task_id} "
@@ -121,6 +125,19 @@ def note_refusal(exc: WoveError, message: str, *args: object) -> None:
         reason = "settings" if isinstance(exc, ConfigurationError) else "malformed"
     count_refusal(f"payload:{reason}")
     logger.error(message, *args, extra={"wove_refusal": reason})
+
+
+def end_in_failure(session: Session, exc: BaseException, hooks: BackendHooks) -> None:
+    """Deliver the failure and raise it, or say that the backend will run the payload again."""
+    wanted = not (session.context.cancelled and is_cancellation(exc))
+    if wanted and hooks.runs_again(exc):
+        session.retried(exc)
+        raise exc
+    try:
+        report_failure(session, exc, hooks)
+    except BaseException as reported:
+        keep(session, hooks, failure=reported)
+        raise
 
 
 def report_failure(session: Execution, exc: BaseException, hooks: BackendHooks | None = None) -> None:

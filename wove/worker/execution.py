@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from wove.errors import PayloadRejectedError, WoveError, is_cancellation
+from wove.errors import PayloadRejectedError, WoveError
 from wove.worker.assignment import Assignment
-from wove.worker.calls import load_call, note_refusal, report_failure
+from wove.worker.calls import end_in_failure, load_call, note_refusal
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
-from wove.worker.hooks import BackendHooks, keep
+from wove.worker.hooks import BackendHooks, is_time_limit, keep
 from wove.worker.pace import measured
 from wove.worker.session import Session
 
@@ -58,9 +58,11 @@ def run(
         return run_batch(session.assignment, backend, hooks, redelivered=redelivered)
     try:
         wanted = session.may_start(redelivered=redelivered, unseen=hooks.unseen)
-    except BaseException as exc:
-        _report_failure(session, exc, hooks)
-        return False
+    except Exception as exc:
+        # Of what is delivered again, another execution may be under way: that is to end the run.
+        if is_time_limit(exc) and not redelivered:
+            end_in_failure(session, exc, hooks)
+        raise
     if not wanted:
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
         hooks.refused(session)
@@ -80,7 +82,7 @@ def run(
 
                     result = drive(result, session)
         except BaseException as exc:
-            _report_failure(session, exc, hooks)
+            end_in_failure(session, exc, hooks)
             return False
         _report_result(session, result, hooks)
         return True
@@ -135,7 +137,7 @@ async def arun(
                 # Not the task but the worker's own coroutine was cancelled: it shuts down.
                 await asyncio.shield(_in_thread(session.lost, "the worker was shut down"))
                 raise
-            await _in_thread(_report_failure, session, exc, hooks)
+            await _in_thread(end_in_failure, session, exc, hooks)
             return False
         await _in_thread(_report_result, session, result, hooks)
         return True
@@ -185,18 +187,10 @@ def _report_result(session: Session, result: Any, hooks: BackendHooks) -> None:
     hooks.ends(result, None)
     try:
         session.succeed(result)
+    except Exception as exc:
+        # It has done its work: nobody should do it once more because its outcome was delivered too slowly.
+        if not is_time_limit(exc) or session.parked is None:
+            raise
+        logger.warning("run %s: %s struck while its outcome was offered", session.assignment.run_id, exc)
     finally:
         keep(session, hooks, result=result)
-
-
-def _report_failure(session: Session, exc: BaseException, hooks: BackendHooks) -> None:
-    """Deliver the failure and raise it, or say that the backend will run the payload again."""
-    wanted = not (session.context.cancelled and is_cancellation(exc))
-    if wanted and hooks.runs_again(exc):
-        session.retried(exc)
-        raise exc
-    try:
-        report_failure(session, exc, hooks)
-    except BaseException as reported:
-        keep(session, hooks, failure=reported)
-        raise

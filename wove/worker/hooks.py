@@ -58,10 +58,14 @@ def keep(
     session: Session, hooks: BackendHooks, *, result: Any = None, failure: BaseException | None = None
 ) -> None:
     """Let the backend keep an outcome that nobody took."""
-    try:
-        if session.parked is not None:
-            hooks.park(session.parked)
-        if session.unclaimed:
-            hooks.keep(result, failure)
-    except Exception:
-        logger.exception("the outcome of run %s was not kept by the backend", session.assignment.run_id)
+    for attempt in (1, 2):
+        try:
+            if session.parked is not None:
+                hooks.park(session.parked)
+            if session.unclaimed:
+                hooks.keep(result, failure)
+        except Exception as exc:
+            if attempt == 1 and is_time_limit(exc):
+                continue  # it strikes but once
+            logger.exception("the outcome of run %s was not kept by the backend", session.assignment.run_id)
+        return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import socketserver
 import threading
 import time
@@ -66,18 +67,22 @@ def rehearse() -> bool:
     Returns:
         Whether that was done: not where this worker's settings would have refused them, or it has no secret.
     """
-    settings = admission()
-    limited = settings.functions or settings.origins is not None or settings.environments is not None
-    if limited or os.environ.get("WOVE_PROXY"):
-        return False
     try:
+        settings = admission()
+        limited = settings.functions or settings.origins is not None or settings.environments is not None
+        if limited or os.environ.get("WOVE_PROXY"):
+            return False
         ring = current_secrets()
         with _Listener(("127.0.0.1", 0), _Answers) as listener:
             threading.Thread(target=listener.serve_forever, args=(0.01,), name="wove-rehearsal").start()
-            origin = f"http://127.0.0.1:{listener.server_address[1]}"
+            port = listener.server_address[1]
+            origin = f"http://127.0.0.1:{port}"
             try:
+                socket.create_connection(("127.0.0.1", port), PATIENCE).close()
                 for _ in range(TIMES):
                     run(_payload(ring, origin), backend={"backend": "rehearsal", "job": ""})
+                    if origin in connection.down_since:
+                        raise ConnectionError("a report to this process itself was not answered")
             finally:
                 _forget(origin)
                 listener.shutdown()
@@ -97,6 +102,7 @@ def _payload(ring: SecretRing, origin: str) -> bytes:
         "nonce": secrets.token_bytes(NONCE_SIZE),
         "callback": origin,
         "sent_at": time.time(),
+        "timeout": PATIENCE,
         # So that it asks for leave, as the first of a process does.
         "ask": True,
         "callable": _TASK,

@@ -9,7 +9,7 @@ from typing import Any
 from wove.wire import PARKED
 from wove.worker import offering
 from wove.worker.execution import run as _run
-from wove.worker.hooks import BackendHooks
+from wove.worker.hooks import BackendHooks, is_time_limit
 
 logger = logging.getLogger("wove.worker")
 
@@ -38,6 +38,8 @@ class RqOutages:
                 pipeline.get(name)
                 since = float(pipeline.execute()[-1])
         except Exception as exc:
+            if is_time_limit(exc):
+                raise
             logger.info("whether others cannot reach %s either is not known: %s", origin, exc)
             return 0.0
         waited: float = now - since
@@ -48,6 +50,8 @@ class RqOutages:
         try:
             self._connection.delete(_outage_name(origin))
         except Exception as exc:
+            if is_time_limit(exc):
+                raise
             logger.info("the end of the outage of %s was not noted: %s", origin, exc)
 
 

@@ -259,7 +259,11 @@ class Session(Cancellable):
         else:
             error = {"kind": "Retry", "message": why, "traceback": "", "retryable": True, "source": "backend"}
         if self.assignment.attended:
-            self._send_last(self._last_batch(frames.TASK_RETRY, error=error), [], final=False)
+            struck = self._send_surplus()
+            batch = self._last_batch(frames.TASK_RETRY, error=error)
+            if struck is not None:
+                raise struck
+            self._send_last(batch, [], final=False)
 
     def _finish(self, kind: str, attachments: list[Buffer], **fields: Any) -> int:
         """Deliver the terminal frame, however long the callback server is away.
@@ -270,12 +274,27 @@ class Session(Cancellable):
         if not self.assignment.attended:
             self.unclaimed = True
             return 0
-        return self._send_last(self._last_batch(kind, **fields), attachments, final=True)
+        struck = self._send_surplus()
+        batch = self._last_batch(kind, **fields)
+        if struck is not None:
+            self.parked = self._park(batch, attachments)
+            raise struck
+        return self._send_last(batch, attachments, final=True)
+
+    def _send_surplus(self) -> BaseException | None:
+        """Send ahead what the last request will not hold, as long as somebody listens.
+
+        Returns:
+            What struck meanwhile, such as a time limit: it must not come before the outcome is in safety.
+        """
+        try:
+            while len(self._pending) > MAX_FRAMES - 4 and self.report():
+                pass
+        except BaseException as exc:
+            return exc
+        return None
 
     def _last_batch(self, kind: str, **fields: Any) -> list[frames.Frame]:
-        # What one request does not hold goes ahead, as long as somebody listens.
-        while len(self._pending) > MAX_FRAMES - 4 and self.report():
-            pass
         # A report under way gets a moment to arrive first.
         held = self._sending.acquire(timeout=REPORT_TIMEOUT)
         try:

@@ -90,13 +90,22 @@ def ask(post: Callable[[float], Reply], task: Assignment, offset: float | None) 
         post: asks once, for at most so many seconds.
         task: the run.
         offset: the submitter's clock minus ours, in seconds; None when it is not known.
+
+    Raises:
+        Exception: the backend's time limit has struck.
     """
     give_up = time.monotonic() + ASK_PATIENCE
+    #: Seconds to wait, because another worker was at this run a moment ago; whether it lives will be known soon.
+    pause = 0.0
     while True:
         try:
+            if pause:
+                time.sleep(pause)
             reply = post(ASK_TIMEOUT)
         except Exception as exc:
             if is_time_limit(exc):
+                if pause:
+                    return Leave(given=False, elsewhere=True)
                 raise
             if task.overdue(offset or 0.0, OVERDUE_UNKNOWN if offset is None else OVERDUE_KNOWN):
                 logger.info("run %s is not started: its deadline is over, its caller gone", task.run_id)
@@ -105,8 +114,7 @@ def ask(post: Callable[[float], Reply], task: Assignment, offset: float | None) 
             return Leave(given=True)
         if reply.status != 503 or time.monotonic() >= give_up:
             break
-        # Another worker was at this run a moment ago; whether it lives will be known soon.
-        time.sleep(retry_after(reply) or 0.5)
+        pause = retry_after(reply) or 0.5
     if reply.status == 409:
         logger.info("run %s is not started: another worker is at it", task.run_id)
         return Leave(given=False, elsewhere=True)
