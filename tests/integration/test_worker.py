@@ -762,7 +762,10 @@ class TestFence:
             server.script["events"].clear()
 
     @pytest.mark.parametrize("answer", [RESET, Answer(500), Answer(401), Answer(None, raw=b"?")])
-    def test_no_answer_that_means_anything(self, server: FakeCallbackServer, answer: Answer) -> None:
+    def test_no_answer_that_means_anything(
+        self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch, answer: Answer
+    ) -> None:
+        monkeypatch.setattr(starting, "ASK_AGAIN", 0.0)
         payload = Payload(server.url, double, 21)
         server.script["events"].append(answer)
         assert run(payload) is True
@@ -772,6 +775,16 @@ class TestFence:
             "task_started",
             "task_result",
         ]
+
+    @pytest.mark.parametrize("lost", [RESET, Answer(None, raw=b"HTTP/1.1 410 Go")], ids=["reset", "cut"])
+    def test_an_answer_that_was_lost_is_asked_for_again(
+        self, server: FakeCallbackServer, lost: Answer
+    ) -> None:
+        # It may have been that the run was cancelled; the callback server has then told the caller so.
+        payload = Payload(server.url, double, 21)
+        server.script["events"].extend([lost, lost, Answer(410, {"Wove-Ended": "1"})])
+        assert run(payload) is False
+        assert CALLS == []
 
     def test_no_answer_in_time(self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(starting, "ASK_TIMEOUT", 0.1)

@@ -29,6 +29,10 @@ OVERDUE_KNOWN = 2.0
 OVERDUE_UNKNOWN = 10.0
 #: Seconds that asking for leave to start may take; without an answer the task is run.
 ASK_TIMEOUT = 5.0
+#: Seconds for which the question is asked again when its answer may have been lost: it may have been that the run was
+#: cancelled, which its caller has been told by then. And seconds between two questions.
+ASK_AGAIN = 3.0
+ASK_PAUSE = 0.1
 #: Seconds for which a worker is asked to wait at most, because another one may be at the same run.
 ASK_PATIENCE = 10.0
 #: Runs that this process remembers to have begun: copies of them are asked for.
@@ -97,6 +101,8 @@ def ask(post: Callable[[float], Reply], task: Assignment, offset: float | None) 
     give_up = time.monotonic() + ASK_PATIENCE
     #: Seconds to wait, because another worker was at this run a moment ago; whether it lives will be known soon.
     pause = 0.0
+    busy = heard = False
+    begun = time.monotonic()
     while True:
         try:
             if pause:
@@ -104,17 +110,43 @@ def ask(post: Callable[[float], Reply], task: Assignment, offset: float | None) 
             reply = post(ASK_TIMEOUT)
         except Exception as exc:
             if is_time_limit(exc):
-                if pause:
+                if busy:
                     return Leave(given=False, elsewhere=True)
                 raise
-            if task.overdue(offset or 0.0, OVERDUE_UNKNOWN if offset is None else OVERDUE_KNOWN):
-                logger.info("run %s is not started: its deadline is over, its caller gone", task.run_id)
-                return Leave(given=False)
-            logger.info("run %s starts unasked: %s: %s", task.run_id, type(exc).__name__, exc)
-            return Leave(given=True)
+            heard = heard or _may_have_been_heard(exc)
+            again = heard and time.monotonic() - begun < ASK_AGAIN
+            leave = _without_answer(exc, task, offset, again=again)
+            if leave is not None:
+                return leave
+            pause = ASK_PAUSE
+            continue
         if reply.status != 503 or time.monotonic() >= give_up:
             break
-        pause = retry_after(reply) or 0.5
+        busy, pause = True, retry_after(reply) or 0.5
+    return _answered(reply, task)
+
+
+def _may_have_been_heard(exc: Exception) -> bool:
+    """Tell whether the question may have arrived although there was no answer."""
+    if isinstance(exc, OSError):
+        return isinstance(exc, (ConnectionError, TimeoutError)) and not isinstance(
+            exc, ConnectionRefusedError
+        )
+    return True
+
+
+def _without_answer(exc: Exception, task: Assignment, offset: float | None, *, again: bool) -> Leave | None:
+    """Return what is to be done without an answer; None to ask again."""
+    if task.overdue(offset or 0.0, OVERDUE_UNKNOWN if offset is None else OVERDUE_KNOWN):
+        logger.info("run %s is not started: its deadline is over, its caller gone", task.run_id)
+        return Leave(given=False)
+    if again:
+        return None
+    logger.info("run %s starts unasked: %s: %s", task.run_id, type(exc).__name__, exc)
+    return Leave(given=True)
+
+
+def _answered(reply: Reply, task: Assignment) -> Leave:
     if reply.status == 409:
         logger.info("run %s is not started: another worker is at it", task.run_id)
         return Leave(given=False, elsewhere=True)
