@@ -200,4 +200,4 @@ class _LocalRun:
 def _is_async(func: Any) -> bool:
     while isinstance(func, partial):
         func = func.func
-    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004 - asked for, not called

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wove.errors import is_cancellation
 from wove.worker.batch_session import BatchSession
-from wove.worker.calls import cancelled_itself, end_in_failure, explain_failed_load, load
+from wove.worker.calls import cancelled_itself, explain_failed_load, has_leave, load
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
 from wove.worker.hooks import is_time_limit, keep
@@ -42,13 +42,7 @@ def run_batch(
             reported, so that the backend counts the message as failed.
     """
     session = BatchSession(assignment, backend)
-    try:
-        wanted = session.may_start(redelivered=redelivered, unseen=hooks.unseen)
-    except Exception as exc:
-        if is_time_limit(exc) and not redelivered:
-            end_in_failure(session, exc, hooks)
-        raise
-    if not wanted:
+    if not has_leave(session, hooks, redelivered=redelivered):
         logger.info("batch %s is not wanted (any more): skipped", assignment.run_id)
         hooks.refused(session)
         return False

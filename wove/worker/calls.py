@@ -127,6 +127,21 @@ def note_refusal(exc: WoveError, message: str, *args: object) -> None:
     logger.error(message, *args, extra={"wove_refusal": reason})
 
 
+def has_leave(session: Session, hooks: BackendHooks, *, redelivered: bool | int) -> bool:
+    """Tell whether a run, or a batch, may start.
+
+    Raises:
+        Exception: the backend's time limit has struck meanwhile, which is the run's error then.
+    """
+    try:
+        return session.may_start(redelivered=redelivered, unseen=hooks.unseen)
+    except Exception as exc:
+        # Of what is delivered again, another execution may be under way: that is to end the run.
+        if is_time_limit(exc) and not redelivered:
+            end_in_failure(session, exc, hooks)
+        raise
+
+
 def end_in_failure(session: Session, exc: BaseException, hooks: BackendHooks) -> None:
     """Deliver the failure and raise it, or say that the backend will run the payload again."""
     wanted = not (session.context.cancelled and is_cancellation(exc))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from wove.errors import PayloadRejectedError, WoveError
 from wove.worker.assignment import Assignment
-from wove.worker.calls import end_in_failure, load_call, note_refusal
+from wove.worker.calls import end_in_failure, has_leave, load_call, note_refusal
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
 from wove.worker.hooks import BackendHooks, is_time_limit, keep
@@ -56,14 +56,7 @@ def run(
         from wove.worker.batch import run_batch
 
         return run_batch(session.assignment, backend, hooks, redelivered=redelivered)
-    try:
-        wanted = session.may_start(redelivered=redelivered, unseen=hooks.unseen)
-    except Exception as exc:
-        # Of what is delivered again, another execution may be under way: that is to end the run.
-        if is_time_limit(exc) and not redelivered:
-            end_in_failure(session, exc, hooks)
-        raise
-    if not wanted:
+    if not has_leave(session, hooks, redelivered=redelivered):
         logger.info("run %s is not wanted (any more): skipped", session.assignment.run_id)
         hooks.refused(session)
         return False
