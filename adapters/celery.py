@@ -6,7 +6,6 @@ import base64
 import logging
 import math
 import threading
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
@@ -35,7 +34,7 @@ BROKER_TIMEOUT = 5.0
 #: Seconds that workers get to say whether they are at a task.
 INSPECT_SECONDS = 0.7
 #: Messages that go to Redis in one round trip: meanwhile other threads have their turns, first of all the caller's.
-TOGETHER = 6
+TOGETHER = 10
 #: How often those are asked that do not answer.
 INSPECT_TIMES = 2
 
@@ -130,26 +129,37 @@ class CeleryAdapter(BackendAdapter):
                 # The first by itself: it brings a connection back that went stale meanwhile.
                 results.append(self._send(producer, *batch[0]))
                 together = TOGETHER if _pipelines(producer) else 1
+                declared = {batch[0][1]["task_id"]}
                 while len(results) < len(batch):
-                    self._send_together(producer, batch[len(results) :][:together], results)
+                    self._send_together(producer, batch[len(results) :][:together], results, declared)
         except Exception as exc:
             # The broker is out: trying each of the others would take its retries again.
             results.extend(self._submit_error(exc) for _ in range(len(batch) - len(results)))
         return results
 
-    def _send_together(self, producer: Any, batch: Sequence[tuple[bytes, Frame]], results: list[Any]) -> None:
+    def _send_together(
+        self, producer: Any, batch: Sequence[tuple[bytes, Frame]], results: list[Any], declared: set[str]
+    ) -> None:
         """Send tasks in one round trip, and note what became of them; of none it is known before the end."""
+        if len(batch) == 1:
+            results.append(self._send(producer, *batch[0]))
+            return
         sent: list[Any] = []
-        with producer.batch() if len(batch) > 1 else nullcontext():
-            sent.extend(self._send(producer, *item) for item in batch)
+        with producer.batch():
+            for payload, frame in batch:
+                sent.append(self._send(producer, payload, frame, prompt=frame["task_id"] in declared))
+                declared.add(frame["task_id"])
         results.extend(sent)
 
-    def _send(self, producer: Any, payload: bytes, frame: Frame) -> Any:
+    def _send(self, producer: Any, payload: bytes, frame: Frame, *, prompt: bool = False) -> Any:
+        """Send a task; promptly where its queue was declared this moment, and where a pipeline waits for it."""
         from kombu.exceptions import OperationalError
 
         task_id = job_id(frame)
         delivery = frame.get("delivery") or {}
         timeout = None if delivery.get("keep") else delivery.get("timeout")
+        # What it costs to be ready for another try, and to look each declaration up, is a third of all.
+        known: dict[str, Any] = {"declare": [], "retry": False} if prompt else {}
         try:
             self._app.send_task(
                 self._task_name,
@@ -168,6 +178,7 @@ class CeleryAdapter(BackendAdapter):
                     "expires": math.ceil(timeout) + EXPIRES_AFTER if timeout else None,
                     # The fleet's own task_routes match the function, not "wove.run".
                     "route_name": frame["task_id"],
+                    **known,
                     **self._options,
                 },
             )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.errors import SubmitError
 from wove.executors.batching import Batching
-from wove.executors.outbox import Outbox, _Abandoned
+from wove.executors.outbox import Outbox
 from wove.executors.packing import Parcel, Terms, Waiting
+from wove.executors.sending import AT_ONCE, HandOver
 from wove.keyring import SecretRing
 
 if TYPE_CHECKING:
@@ -112,12 +114,11 @@ def travelling(outbox: Outbox, listener: Listener, *, again: bool = False) -> tu
         run_id = member.frame["run_id"]
         outbox.set(run_id, None)
         outbox._on_the_way[run_id] = member
-        outbox._members[run_id] = member.frame, BATCH
         listener.runs[run_id] = Known("task")
         listener.batches[run_id] = BATCH
-    outbox._wanted[BATCH] = 2
-    outbox._messages["task"] = {BATCH}
-    return Parcel(members, {**members[0].frame, "run_id": BATCH}, together=True), heard
+    parcel = Parcel(members, {**members[0].frame, "run_id": BATCH}, together=True)
+    outbox._members.register(parcel)
+    return parcel, heard
 
 
 class Backend:
@@ -159,7 +160,7 @@ async def test_a_run_that_is_cancelled_while_it_is_encoded_is_not_handed_over() 
     second = on_the_way(outbox, B)
     late: list[tuple[str, Any]] = []
     outbox.on_late_cancel = lambda frame, result: late.append((frame["run_id"], str(result)))
-    for parcel in outbox._send([first, second], [], _Abandoned()):
+    for parcel in outbox._sender._send(HandOver([first, second], [])):
         outbox._settle(parcel)
     assert [frame["run_id"] for frame in backend.taken] == [B]
     assert late == [(A, "cancelled before it was submitted")]
@@ -171,7 +172,7 @@ async def test_who_is_cancelled_while_a_batch_is_encoded_does_not_leave_with_it(
     listener, backend = Listener(), Backend()
     outbox = make(listener, Channel(), backend)
     members = [on_the_way(outbox, A), on_the_way(outbox, B, value=Meanwhile(lambda: outbox.recall(A)))]
-    parcels = outbox._send([], [members], _Abandoned())
+    parcels = outbox._sender._send(HandOver([], [members]))
     assert [frame["runs"] for frame in backend.taken] == [1]
     assert {waiting.frame["run_id"]: str(p.result) for p in parcels for waiting in p.members} == {
         A: "cancelled before it was submitted",
@@ -184,7 +185,9 @@ async def test_who_is_cancelled_while_a_batch_is_encoded_does_not_leave_with_it(
 async def test_messages_of_other_callables_that_wait_for_a_worker_hold_up_nobody() -> None:
     listener = Listener({str(n): Known("busy") for n in range(20)} | {BATCH: Known("task")})
     outbox = make(listener, Channel())
-    outbox._messages.update({"task": {BATCH}, "busy": {str(n) for n in range(20)}})
+    for task_id, batch in [("task", BATCH), *(("busy", str(n)) for n in range(20))]:
+        frame = {**frame_of(A), "run_id": batch, "task_id": task_id}
+        outbox._members.register(Parcel([Waiting(frame_of(batch), print)], frame, together=True))
     assert outbox._count_unstarted("task") == 1
     outbox.stop()
 
@@ -226,5 +229,75 @@ async def test_runs_of_a_batch_that_may_have_been_accepted_are_made_anew() -> No
     assert [refusal.maybe_accepted for refusal in heard] == [False, False]
     assert not any(known.doubtful for known in listener.runs.values())
     assert listener.closed == []
-    assert (outbox._wanted, dict(outbox._messages)) == ({}, {})
+    assert not outbox._members
+    assert not outbox._members.is_wanted(BATCH)
+    assert outbox._members.batches_of("task") == ()
     outbox.stop()
+
+
+def many(count: int) -> list[frames.Frame]:
+    return [{**frame_of(f"{number:032x}"), "delivery": {"attempt": 1}} for number in range(count)]
+
+
+async def test_workers_need_not_wait_for_the_last_of_many_arguments_to_be_encoded() -> None:
+    backend = Backend()
+    outbox = make(Listener(), Channel(), backend)
+    taken_before: list[int] = []
+    waiting = [on_the_way(outbox, frame["run_id"]) for frame in many(3 * AT_ONCE)]
+    last = Meanwhile(lambda: taken_before.append(len(backend.taken)))
+    waiting[-1].frame["args"]["value"] = last
+    outbox._sender._send(HandOver(waiting, []))
+    assert taken_before == [2 * AT_ONCE]
+    assert len(backend.taken) == 3 * AT_ONCE
+    outbox.stop()
+
+
+async def test_many_runs_begin_to_leave_before_the_loop_has_its_next_turn() -> None:
+    backend = Backend()
+    outbox = make(Listener(), Channel(), backend)
+    heard: list[Any] = []
+    first, *others = many(AT_ONCE + 1)
+    for frame in others:
+        outbox.post(frame, heard.append)
+    began = outbox._last
+    assert began is not None
+    began.packed.result(10)  # no turn of the loop in between
+    assert backend.taken == others
+    outbox.post(first, heard.append)
+    while len(heard) <= AT_ONCE:
+        await asyncio.sleep(0)
+    assert heard == [None] * (AT_ONCE + 1)
+    assert backend.taken == [*others, first]
+    outbox.stop()
+
+
+class Refuses(Backend):
+    """A backend that does not answer."""
+
+    def submit_blocking(self, batch: Sequence[tuple[bytes, frames.Frame]]) -> list[Any]:
+        self.taken.extend(frame for _, frame in batch)
+        return [SubmitError("no answer", maybe_accepted=True) for _ in batch]
+
+
+async def test_a_backend_that_does_not_answer_is_tried_once_for_all_that_leave_together() -> None:
+    backend = Refuses()
+    outbox = make(Listener(), Channel(), backend)
+    waiting = [on_the_way(outbox, frame["run_id"]) for frame in many(3 * AT_ONCE)]
+    parcels = outbox._sender._send(HandOver(waiting, []))
+    assert len(backend.taken) == AT_ONCE
+    assert [str(parcel.result) for parcel in parcels] == ["no answer"] * (3 * AT_ONCE)
+    assert len({id(parcel.result) for parcel in parcels}) == 3 * AT_ONCE
+    outbox.stop()
+
+
+async def test_runs_that_were_begun_early_are_told_when_the_environment_stops() -> None:
+    backend = Backend()
+    outbox = make(Listener(), Channel(), backend)
+    heard: list[Any] = []
+    for frame in many(AT_ONCE):
+        outbox.post(frame, heard.append)
+    await asyncio.sleep(0)
+    outbox.stop()
+    while len(heard) < AT_ONCE:
+        await asyncio.sleep(0)
+    assert {str(refusal) for refusal in heard} <= {"None", "the environment was stopped"}
