@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 from wove.adapters.base import BackendAdapter
@@ -28,6 +29,14 @@ FAILURE_TTL = 300
 REDIS_TIMEOUT = 5.0
 #: Seconds that RQ's worker waits for the callback server to take its webhook.
 WEBHOOK_TIMEOUT = 4
+
+
+class _JobFunction:
+    """Unpickled, it is the job function: an RQ worker reads a job's ``meta`` before it forks, and has imported Wove then."""
+
+    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
+        return pkgutil.resolve_name, (JOB_FUNCTION,)
+
 
 _DELETE_QUEUED = """
 if redis.call('lrem', KEYS[1], 1, ARGV[1]) == 0 then return 0 end
@@ -74,6 +83,7 @@ class RqAdapter(BackendAdapter):
 
     def _find_queue(self) -> Any:
         from rq import Queue
+        from rq.serializers import DefaultSerializer
 
         queue = self.config.get("queue")
         if queue is None:
@@ -97,6 +107,8 @@ class RqAdapter(BackendAdapter):
         if not isinstance(queue, Queue):
             raise ConfigurationError(f'executor_config["queue"] is an rq.Queue, not {type(queue).__name__}')
         self._binary = _carries_bytes(queue.serializer)
+        # Others than pickles could not carry it.
+        self._meta = {"wove": _JobFunction()} if queue.serializer is DefaultSerializer else {}
         return queue
 
     async def submit(self, payload: bytes, frame: Frame) -> str:
@@ -216,6 +228,7 @@ class RqAdapter(BackendAdapter):
             # Nothing is left behind: no result, and a failed job only for a while.
             "result_ttl": 0,
             "failure_ttl": FAILURE_TTL,
+            "meta": self._meta,
             # What the worker's log and `rq info` show.
             "description": f"{frame['task_id']}{summarize_call(frame)}",
         }
@@ -242,6 +255,8 @@ class RqAdapter(BackendAdapter):
         options = dict(self._options)
         if "job_timeout" in options:  # `enqueue` and `prepare_data` name it differently
             settings["timeout"] = options.pop("job_timeout")
+        if options.get("meta"):
+            options["meta"] = {**self._meta, **options["meta"]}
         return self._queue.prepare_data(function, **{**settings, **options})
 
     async def cancel(self, run_id: str, submission: Any, frame: Frame) -> bool:

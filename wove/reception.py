@@ -48,7 +48,8 @@ class Reception:
     async def _receive(self) -> None:
         try:
             while True:
-                await self._take_all(await self._executor.recv_many())
+                # By itself, so that the last of them is not held until the next one comes.
+                await self._take_next()
         except asyncio.CancelledError as exc:
             if asked_to_stop():
                 raise
@@ -63,10 +64,9 @@ class Reception:
         except Exception as exc:
             self._fail(exc)
 
-    async def _take_all(self, events: list[Frame]) -> None:
-        # By itself, so that the last of them is not held until the next one comes.
-        for frame in events:
-            self.taken += 1
-            self._take(frame)
-            if self.taken % EVENTS_PER_TURN == 0:
-                await asyncio.sleep(0)
+    async def _take_next(self) -> None:
+        frame = await self._executor.recv()
+        self.taken += 1
+        self._take(frame)
+        if self.taken % EVENTS_PER_TURN == 0:
+            await asyncio.sleep(0)

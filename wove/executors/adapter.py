@@ -16,8 +16,9 @@ from wove.errors import ConfigurationError
 from wove.executors.base import EnvironmentExecutor, FrameChannel
 from wove.executors.batching import Batching
 from wove.executors.lane import Lane
-from wove.executors.outbox import SUBMIT_SECONDS, Outbox
+from wove.executors.outbox import Outbox
 from wove.executors.packing import Terms
+from wove.executors.sending import SUBMIT_SECONDS
 from wove.executors.settings import check_keys, flag
 from wove.executors.watch import Watch, worker_of
 from wove.exposure import check_listener, check_plain_http
@@ -51,10 +52,11 @@ CONTROL_SECONDS = 10.0
 CLOSE_SECONDS = 1.0
 #: Seconds that a probe may take.
 PROBE_SECONDS = 5.0
-#: Seconds that a running task gets to listen to a cancellation before its process is ended (it may hear of it only by
-#: its first beat, a second after it has begun),
-#: where that is configured.
+#: Seconds that a running task gets to listen to a cancellation before its process is ended, where that is configured:
+#: it may hear of it only by its first beat, a second after it has begun.
 ESCALATE_AFTER = 2.0
+#: Seconds between two looks whether it has.
+LOOK_EVERY = 0.05
 #: Seconds that stopping waits for workers that were told to stop.
 DRAIN_SECONDS = 1.5
 
@@ -205,14 +207,17 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             if self._note(frame):
                 return frame
 
-    async def recv_many(self) -> list[Frame]:
-        """Return the events there are; see :meth:`EnvironmentExecutor.recv_many`."""
-        while True:
-            if self._channel is None:
-                raise RuntimeError(f"the {self.name} executor is not started")
-            events = [frame for frame in await self._channel.get_many() if self._note(frame)]
-            if events:
-                return events
+    def attach(self, take: Callable[[Frame], None]) -> bool:
+        """Hand events over without a turn of the loop; see :meth:`EnvironmentExecutor.attach`."""
+        if self._channel is None:
+            return False
+
+        def note_and_take(frame: Frame) -> None:
+            if self._note(frame):
+                take(frame)
+
+        # What arises here, of a cancellation for one, is dealt with when that is over.
+        return self._channel.attach(note_and_take, at_once=False)
 
     def _note(self, frame: Frame) -> bool:
         """Take note of an event; tell whether it concerns anybody else."""
@@ -308,8 +313,8 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             lease.cancel_run(run_id)
             if known is not None and self._watch is not None:
                 self._watch.opened(known)  # to be forgotten, should nobody answer
-            if frame["started"] and adapter.stops_running:
-                self._in_background(self._escalate(adapter, lane, frame, submission), "wove-escalate")
+            if adapter.stops_running:
+                self._in_background(self._escalate(adapter, lane, lease, frame, submission), "wove-escalate")
 
         # First the worker; but not when others may wait for its work: then the adapter knows.
         asked_first = adapter.is_shared(submission)
@@ -347,17 +352,23 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
             batch.sink([batch.event(frames.TASK_CANCELLED)])
             lease.close_run(batch.run_id)
 
-    async def _escalate(self, adapter: BackendAdapter, lane: Lane, frame: Frame, submission: Any) -> None:
-        """End the process of a task that has not ended by itself."""
+    async def _escalate(
+        self, adapter: BackendAdapter, lane: Lane, lease: Lease, frame: Frame, submission: Any
+    ) -> None:
+        """End the process of a task that has not ended by itself, once it has begun."""
+        run_id, pause = frame["run_id"], LOOK_EVERY
+        # A worker may have begun it this moment, and say so in the next.
+        while lease.find(run_id) is not None and not lease.has_started(run_id):
+            await asyncio.sleep(pause)
+            pause = min(1.0, 1.5 * pause)
         give_up = time.monotonic() + ESCALATE_AFTER
-        while time.monotonic() < give_up:
-            if self._lease is None or self._lease.find(frame["run_id"]) is None:
+        while lease.find(run_id) is not None:
+            if time.monotonic() >= give_up:
                 break
-            await asyncio.sleep(0.05)
-        lease = self._lease
-        if lease is not None and lease.find(frame["run_id"]) is None:
-            return  # it has listened
-        stop = {**frame, "escalate": True}
+            await asyncio.sleep(LOOK_EVERY)
+        else:
+            return  # it has listened, or never begins
+        stop = {**frame, "started": True, "escalate": True}
         try:
             await lane.call(
                 lambda: adapter.cancel(frame["run_id"], submission, stop), CONTROL_SECONDS, "cancel"

@@ -72,10 +72,6 @@ class EnvironmentExecutor(ABC):
     async def recv(self) -> Frame:
         """Return the next event, waiting for it. Cancel-safe: no event is lost."""
 
-    async def recv_many(self) -> list[Frame]:
-        """Return the events there are, waiting for the first. An executor that knows more than one does well to."""
-        return [await self.recv()]
-
     @abstractmethod
     async def stop(self) -> None:
         """Release everything. Idempotent; also called after a failed :meth:`start`."""
@@ -118,12 +114,17 @@ class FrameChannel:
         self._ready = asyncio.Event()
         self._lock = threading.Lock()
         self._taker: Callable[[Frame], None] | None = None
+        self._at_once = False
         self._woken = False
         self._closed = False
 
-    def attach(self, take: Callable[[Frame], None]) -> bool:
-        """Hand frames to ``take`` from now on; see :meth:`EnvironmentExecutor.attach`."""
+    def attach(self, take: Callable[[Frame], None], *, at_once: bool = True) -> bool:
+        """Hand frames to ``take`` from now on; see :meth:`EnvironmentExecutor.attach`.
+
+        ``at_once`` says whether ``take`` may be called by whoever puts a frame in the loop itself.
+        """
         self._taker = take
+        self._at_once = at_once
         if self._frames:
             self._loop.call_soon(self._drain)
         return True
@@ -135,7 +136,7 @@ class FrameChannel:
             False when the receiving side is gone.
         """
         now = time.monotonic()
-        here = threading.get_ident() == self._thread
+        here = self._at_once and threading.get_ident() == self._thread
         for frame in frames:
             frame["received_at"] = now  # our own clock: a peer's word about it counts nothing
             # Not past those that another thread has put before.
@@ -179,13 +180,6 @@ class FrameChannel:
                 break
             await self._ready.wait()
         return self._frames.popleft()
-
-    async def get_many(self) -> list[Frame]:
-        """Return the frames there are, waiting for the first."""
-        found = [await self.get()]
-        while self._frames:
-            found.append(self._frames.popleft())
-        return found
 
     def close(self) -> None:
         """Take no more frames."""
