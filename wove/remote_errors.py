@@ -20,6 +20,7 @@ from wove.wire import decode_value, encode_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import TypeGuard
 
     from typing_extensions import Buffer
 
@@ -127,7 +128,7 @@ def decode_exception(chain: Any, attachments: Sequence[memoryview]) -> Exception
     head = _decode_entry(chain[0], attachments)
     if not _raisable(head):
         return None
-    earlier = head
+    earlier: BaseException = head
     for entry in chain[1:MAX_CHAIN]:
         if type(entry) is not dict:
             break
@@ -140,10 +141,10 @@ def decode_exception(chain: Any, attachments: Sequence[memoryview]) -> Exception
         except Exception:
             break  # an exception that lets nothing be set on it
         earlier = later
-    return head  # type: ignore[return-value]
+    return head
 
 
-def _raisable(exc: BaseException) -> bool:
+def _raisable(exc: BaseException | None) -> TypeGuard[Exception]:
     # Python itself gives these another meaning when they leave a coroutine.
     return (
         isinstance(exc, Exception)
@@ -186,7 +187,7 @@ def error_from_frame(frame: Mapping[str, Any], *, where: str = "") -> Exception:
     """
     error = frame["error"]
     exc = frame.get("exception")
-    if isinstance(exc, Exception) and _raisable(exc):
+    if _raisable(exc):
         try:
             return _explained(exc, error, where)
         except Exception:  # noqa: S110 - one that lets nothing be set on it: the data stands for it
