@@ -61,8 +61,10 @@ def encode_exception(
 def _notes(exc: BaseException) -> list[Any]:
     try:
         notes = getattr(exc, "__notes__", None)
-    except Exception:  # a class whose __getattr__ fails
-        notes = None
+    except Exception as failure:
+        if not raised_by_code(failure):
+            raise
+        notes = None  # a class whose __getattr__ fails
     return list(notes) if isinstance(notes, (list, tuple)) else []
 
 
