@@ -359,11 +359,13 @@ def make_app(broker_url: str, *, name: str, backend: str | None = None) -> Any:
 
     # Pools of the app's own: Celery's are shared by all apps of the process on one broker,
     # so that closing them would close connections of the user's apps.
+    # Celery has no types, and so no base class that mypy could check, here and below.
     class WoveAMQP(AMQP):  # type: ignore[misc]
         @cached_property
         def producer_pool(self) -> Any:
             return ProducerPool(connections=self.app.pool, limit=POOL_LIMIT)
 
+    # As above.
     class WoveApp(Celery):  # type: ignore[misc]
         amqp_cls = WoveAMQP
 

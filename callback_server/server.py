@@ -10,7 +10,7 @@ import socket
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
@@ -188,7 +188,8 @@ class CallbackListener:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._routes = Routes(self.runs, self.guard, self.contacts)
-        express = Express(lambda: runner.server(), self._routes.take_report, self.guard.seen)  # type: ignore[misc]
+        # None only until the runner is set up, and connections come later.
+        express = Express(lambda: cast("Any", runner.server)(), self._routes.take_report, self.guard.seen)
         app = web.Application(middlewares=[express.middleware, self.guard.middleware], client_max_size=0)
         app.add_routes(self._routes.table())
         runner = web.AppRunner(

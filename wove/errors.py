@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 #: Longest traceback or message text, in characters, that an error payload carries.
 MAX_TEXT = 16_000
 
+#: Exceptions by which a worker's backend says, in the middle of anything, that the time of a message is up.
+_TIME_LIMITS = frozenset({"SoftTimeLimitExceeded", "TimeLimitExceeded", "JobTimeoutException"})
+
 #: Frames of these modules at the top of a traceback tell users nothing about their task.
 _OWN_MODULES = ("wove.worker.", "wove.executors.", "wove.threads", "wove.adapters.")
 
@@ -127,6 +130,8 @@ def safe_text(value: object, limit: int = MAX_TEXT) -> str:
     try:
         text = str(value)
     except Exception as exc:
+        if not raised_by_code(exc):
+            raise
         text = f"<{type(value).__name__}: its text failed with {type(exc).__name__}>"
     return cut(text, limit)
 
@@ -183,6 +188,8 @@ def format_traceback(exc: BaseException) -> str:
     try:
         lines = _traceback.format_exception(type(exc), exc, _user_part(exc.__traceback__))
     except Exception as failure:
+        if not raised_by_code(failure):
+            raise
         lines = [f"{type(exc).__name__} (its traceback failed with {type(failure).__name__})"]
     return cut("".join(lines))
 
@@ -197,10 +204,16 @@ def _user_part(tb: TracebackType | None) -> TracebackType | None:
 def raised_by_code(exc: BaseException) -> bool:
     """Tell whether the code that was called has raised ``exc`` by itself.
 
-    Ctrl-C has struck while it ran, and means the caller: it is to be raised again. Python raises that in the main
-    thread alone.
+    Ctrl-C or a backend's time limit has struck while it ran, and means the caller: it is to be raised again. These
+    come in the main thread alone.
     """
-    return not isinstance(exc, KeyboardInterrupt) or threading.get_ident() != threading.main_thread().ident
+    struck = isinstance(exc, KeyboardInterrupt) or is_time_limit(exc)
+    return not struck or threading.get_ident() != threading.main_thread().ident
+
+
+def is_time_limit(exc: BaseException) -> bool:
+    """Tell whether a backend's time limit has struck, wherever that was: no fault of what was being done."""
+    return any(kind.__name__ in _TIME_LIMITS for kind in type(exc).__mro__)
 
 
 def is_cancellation(exc: BaseException) -> bool:

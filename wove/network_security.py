@@ -18,7 +18,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from wove.errors import ConfigurationError, WoveError
 from wove.nonces import NonceStore
@@ -379,7 +379,9 @@ def _answer_key(secret: Secret, signature: bytes) -> bytes:
 
 
 def _parts(body: Buffer | Sequence[Buffer]) -> Sequence[Buffer]:
-    return body if isinstance(body, (list, tuple)) else [body]  # type: ignore[list-item]
+    if isinstance(body, (list, tuple)):
+        return body
+    return [cast("Buffer", body)]  # bytes are a sequence as well, which tells types nothing
 
 
 def _lower(headers: Mapping[str, str] | Iterable[tuple[str, str]]) -> dict[str, str]:

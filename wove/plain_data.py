@@ -13,7 +13,7 @@ from datetime import date, datetime, time, timedelta, timezone
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from wove.errors import EncodeError, ProtocolError, safe_text
+from wove.errors import EncodeError, ProtocolError, raised_by_code, safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -197,6 +197,8 @@ def untag(mapping: dict[Any, Any]) -> Any:
     try:
         return rebuild(mapping["v"])
     except Exception as exc:
+        if not raised_by_code(exc):
+            raise
         raise ProtocolError(f"malformed {mapping[TAG]}: {type(exc).__name__}") from exc
 
 

@@ -63,7 +63,7 @@ MAX_SECONDS = 1e9
 
 
 def _positive(value: object) -> bool:
-    return value is None or (type(value) in (int, float) and 0 < value <= MAX_SECONDS)  # type: ignore[operator]
+    return value is None or ((type(value) is int or type(value) is float) and 0 < value <= MAX_SECONDS)
 
 
 def _count(value: object) -> bool:

@@ -20,6 +20,7 @@ from wove.wire import decode_value, encode_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import TypeGuard
 
     from typing_extensions import Buffer
 
@@ -60,8 +61,10 @@ def encode_exception(
 def _notes(exc: BaseException) -> list[Any]:
     try:
         notes = getattr(exc, "__notes__", None)
-    except Exception:  # a class whose __getattr__ fails
-        notes = None
+    except Exception as failure:
+        if not raised_by_code(failure):
+            raise
+        notes = None  # a class whose __getattr__ fails
     return list(notes) if isinstance(notes, (list, tuple)) else []
 
 
@@ -127,7 +130,7 @@ def decode_exception(chain: Any, attachments: Sequence[memoryview]) -> Exception
     head = _decode_entry(chain[0], attachments)
     if not _raisable(head):
         return None
-    earlier = head
+    earlier: BaseException = head
     for entry in chain[1:MAX_CHAIN]:
         if type(entry) is not dict:
             break
@@ -140,10 +143,10 @@ def decode_exception(chain: Any, attachments: Sequence[memoryview]) -> Exception
         except Exception:
             break  # an exception that lets nothing be set on it
         earlier = later
-    return head  # type: ignore[return-value]
+    return head
 
 
-def _raisable(exc: BaseException) -> bool:
+def _raisable(exc: BaseException | None) -> TypeGuard[Exception]:
     # Python itself gives these another meaning when they leave a coroutine.
     return (
         isinstance(exc, Exception)
@@ -186,7 +189,7 @@ def error_from_frame(frame: Mapping[str, Any], *, where: str = "") -> Exception:
     """
     error = frame["error"]
     exc = frame.get("exception")
-    if isinstance(exc, Exception) and _raisable(exc):
+    if _raisable(exc):
         try:
             return _explained(exc, error, where)
         except Exception:  # noqa: S110 - one that lets nothing be set on it: the data stands for it

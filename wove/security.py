@@ -48,8 +48,8 @@ def mac(key: bytes, fields: Iterable[bytes | str], parts: Iterable[Buffer] = ())
     """Return the HMAC-SHA256 of length-prefixed ``fields``, then of ``parts`` as one field."""
     pieces: list[Buffer] = []
     for field in fields:
-        raw = field.encode() if type(field) is str else field
-        pieces.append(_LENGTH.pack(len(raw)) + raw)  # type: ignore[operator]
+        raw = field.encode() if isinstance(field, str) else field
+        pieces.append(_LENGTH.pack(len(raw)) + raw)
     # The parts come last and end the message: their length needs no prefix.
     parts = list(parts)
     if sum([len(part) if type(part) is bytes else memoryview(part).nbytes for part in parts]) <= _AT_ONCE:

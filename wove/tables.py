@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from wove.errors import ProtocolError, safe_text
+from wove.errors import ProtocolError, raised_by_code, safe_text
 from wove.plain_data import OTHER, shape_of
 from wove.wire import encode_value, pack_plain, require_msgpack
 
@@ -60,7 +60,9 @@ def encode_small(value: Any) -> tuple[str, bytes] | None:
     attachments: list[Any] = []
     try:
         codec, _, count = encode_value(value, attachments)
-    except Exception:
+    except Exception as exc:
+        if not raised_by_code(exc):
+            raise
         return None  # whoever sends it alone gets the error
     if count != 1 or len(attachments[0]) > MAX_VALUE:
         return None
@@ -97,6 +99,8 @@ def unpack_table(data: Any, key: type) -> list[Row]:
             max_ext_len=0,
         )
     except Exception as exc:
+        if not raised_by_code(exc):
+            raise
         raise ProtocolError(f"malformed table: {type(exc).__name__}: {safe_text(exc, 200)}") from exc
     if type(rows) is not tuple:
         raise ProtocolError("a table is an array of rows")

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from wove.buffers import copied
 from wove.decode_limits import Bounds
-from wove.errors import EncodeError, MissingDispatchFeatureError, ProtocolError, safe_text
+from wove.errors import EncodeError, MissingDispatchFeatureError, ProtocolError, raised_by_code, safe_text
 from wove.plain_data import (
     MAX_MAPPING,
     MAX_SEQUENCE,
@@ -100,6 +100,8 @@ def encode_value(value: Any, attachments: list[Buffer]) -> Descriptor:
     except MissingDispatchFeatureError:
         raise
     except Exception as exc:
+        if not raised_by_code(exc):
+            raise
         raise EncodeError(
             f"a value of type {type_name(value)} cannot be sent: {type(exc).__name__}: {safe_text(exc, 400)}"
         ) from exc
@@ -176,6 +178,8 @@ def _unpack_plain(data: Buffer, *, tagged: bool) -> Any:
     except ProtocolError:
         raise
     except Exception as exc:
+        if not raised_by_code(exc):
+            raise
         raise ProtocolError(f"malformed data: {type(exc).__name__}: {safe_text(exc, 200)}") from exc
 
 
@@ -199,7 +203,9 @@ def _pickle(value: Any, max_buffers: int) -> list[Buffer]:
     if not _by_value_modules():
         try:
             data = pickle.dumps(value, 5, buffer_callback=keep_in_band)
-        except Exception:
+        except Exception as exc:
+            if not raised_by_code(exc):
+                raise
             buffers.clear()
         else:
             # What lives in __main__ is not importable on the other side.
@@ -377,6 +383,8 @@ def _unpack_envelope(data: memoryview) -> dict[str, Any]:
             ext_hook=_refuse_extension,
         )
     except Exception as exc:
+        if not raised_by_code(exc):
+            raise
         raise ProtocolError(f"malformed envelope: {type(exc).__name__}: {safe_text(exc, 200)}") from exc
     if type(envelope) is not dict:
         raise ProtocolError("an envelope is a mapping")

@@ -25,7 +25,7 @@ from wove_tests.fake_callback_server import RESET, Answer, FakeCallbackServer
 from wove_tests.recorder import DECODERS, record_calls
 from wove_tests.waiting import until
 
-from wove import EncodeError, current
+from wove import EncodeError, current, frames
 from wove.backend import as_text
 from wove.demo.processes import free_port
 from wove.errors import ConfigurationError, PayloadRejectedError, ProtocolError
@@ -33,7 +33,7 @@ from wove.refusals import refusals as counted
 from wove.remote_errors import decode_exception
 from wove.security import find_secrets, open_payload, seal_payload
 from wove.wire import pack_message, unpack_message
-from wove.worker import arun, beats, connection, courier, execution, offering, session, starting
+from wove.worker import arun, assignment, beats, connection, courier, execution, offering, session, starting
 from wove.worker.calls import TaskCancelledItself
 from wove.worker.hooks import BackendHooks
 
@@ -179,6 +179,52 @@ def talk(lines: int) -> int:
 
 class SoftTimeLimitExceeded(Exception):
     """Named as Celery's, which strikes wherever the main thread is."""
+
+
+class JobTimeoutException(Exception):
+    """Named as RQ's."""
+
+
+LIMITS = [SoftTimeLimitExceeded, JobTimeoutException]
+
+
+def strike(name: str) -> NoReturn:
+    raise {kind.__name__: kind for kind in LIMITS}[name]("time is up")
+
+
+class Struck(Exception):
+    """The time is up while it is pickled, or unpickled; only once, as a limit does."""
+
+    def __init__(self, name: str, *, later: bool = False) -> None:
+        super().__init__(name)
+        self.name, self.later = name, later
+
+    def __reduce__(self) -> Any:
+        if self.later:
+            return strike, (self.name,)
+        name, self.name = self.name, ""
+        if name:
+            strike(name)
+        return type(self), ("",)
+
+
+def return_struck(name: str) -> Struck:
+    return Struck(name)
+
+
+def raise_struck(name: str) -> NoReturn:
+    raise Struck(name)
+
+
+def ignore(_: object) -> None:
+    CALLS.append("ignored")
+
+
+class RunsAgain(BackendHooks):
+    """Runs payloads again whose time was up."""
+
+    def runs_again(self, ending: Any) -> bool:
+        return isinstance(ending, tuple(LIMITS))
 
 
 class Keeps(BackendHooks):
@@ -399,6 +445,75 @@ class TestOutcome:
         # It has done its work, and the backend is not to have it done again.
         assert run(payload, hooks=hooks)
         assert len(hooks.parked) == 1
+
+    @pytest.mark.parametrize("kind", LIMITS)
+    @pytest.mark.parametrize("func", [return_struck, raise_struck], ids=["result", "error"])
+    def test_a_time_limit_that_strikes_while_an_outcome_is_encoded_is_the_tasks(
+        self, server: FakeCallbackServer, func: Callable[[str], object], kind: type[Exception]
+    ) -> None:
+        payload, hooks = Payload(server.url, func, kind.__name__), Keeps()
+        with pytest.raises(kind, match="time is up"):
+            run(payload, hooks=hooks)
+        error = outcome(server, payload)["error"]
+        assert (error["kind"], error["message"], error["source"]) == (kind.__name__, "time is up", "task")
+        assert hooks.parked == []
+
+    def test_a_time_limit_that_strikes_while_a_result_is_encoded_is_retried_as_the_tasks(
+        self, server: FakeCallbackServer
+    ) -> None:
+        payload = Payload(server.url, return_struck, "SoftTimeLimitExceeded")
+        with pytest.raises(SoftTimeLimitExceeded):
+            run(payload, hooks=RunsAgain())
+        assert server.outcomes(payload) == []
+        assert server.taken(payload)[-1]["type"] == frames.TASK_RETRY
+
+    def test_a_time_limit_that_strikes_before_a_result_is_offered_is_told(
+        self, server: FakeCallbackServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def deliver(*_: object) -> NoReturn:
+            strike("SoftTimeLimitExceeded")
+
+        monkeypatch.setattr(session.Session, "deliver_result", deliver)
+        payload = Payload(server.url, double, 1)
+        with pytest.raises(SoftTimeLimitExceeded):
+            run(payload)
+        error = outcome(server, payload)["error"]
+        assert (error["kind"], error["source"]) == ("SoftTimeLimitExceeded", "task")
+
+    @pytest.mark.parametrize("kind", LIMITS)
+    def test_a_time_limit_that_strikes_while_arguments_are_decoded_is_the_tasks(
+        self, server: FakeCallbackServer, kind: type[Exception]
+    ) -> None:
+        payload = Payload(server.url, ignore, Struck(kind.__name__, later=True))
+        with pytest.raises(kind):
+            run(payload)
+        error = outcome(server, payload)["error"]
+        assert (error["kind"], error["source"], CALLS) == (kind.__name__, "task", [])
+        assert "could not load" not in error["traceback"]
+
+    @pytest.mark.parametrize("redelivered", [False, True])
+    @pytest.mark.parametrize("kind", LIMITS)
+    def test_a_time_limit_that_strikes_while_it_asks_for_the_time_is_the_tasks(
+        self,
+        server: FakeCallbackServer,
+        monkeypatch: pytest.MonkeyPatch,
+        kind: type[Exception],
+        redelivered: bool,
+    ) -> None:
+        def request(*_: object, **__: object) -> NoReturn:
+            strike(kind.__name__)
+
+        monkeypatch.setattr(assignment, "request", request)
+        payload = Payload(server.url, double, 1)
+        expiring = rebuilt(payload, lambda envelope: {**envelope, "expires": 3600.0})
+        with pytest.raises(kind):
+            execution.run(expiring, redelivered=redelivered)
+        assert CALLS == []
+        if redelivered:  # another execution may be under way, and its outcome is the one that counts
+            assert server.outcomes(payload) == []
+            return
+        error = outcome(server, payload)["error"]
+        assert (error["kind"], error["source"]) == (kind.__name__, "task")
 
     def test_a_cancellation_that_nobody_asked_for_is_an_error(self, server: FakeCallbackServer) -> None:
         payload = Payload(server.url, cancel_itself)

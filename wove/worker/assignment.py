@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wove import frames
 from wove.buffers import Original
-from wove.errors import PayloadRejectedError, ProtocolError
+from wove.errors import PayloadRejectedError, ProtocolError, is_time_limit
 from wove.keyring import current_secrets
 from wove.security import fetch_tag, open_payload, run_key
 from wove.wire import decode_callable, decode_value, unpack_message
@@ -127,7 +127,10 @@ class Assignment:
     def _ask_for_the_time(self) -> float | None:
         try:
             request(self.origin, "GET", f"{self.path}/healthz", {}, timeout=TIME_PATIENCE)
-        except Exception as exc:  # its submitter may be gone: then our own clock has to do
+        except Exception as exc:
+            if is_time_limit(exc):
+                raise
+            # Its submitter may be gone: then our own clock has to do.
             logger.info(
                 "run %s: the time is not known of %s: %s", self.run_id, self.origin, type(exc).__name__
             )

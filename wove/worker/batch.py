@@ -6,12 +6,12 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from wove.errors import is_cancellation
+from wove.errors import is_cancellation, is_time_limit
 from wove.worker.batch_session import BatchSession
-from wove.worker.calls import cancelled_itself, explain_failed_load, has_leave, load
+from wove.worker.calls import cancelled_itself, explain_failed_load, has_leave, load, source_of
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
-from wove.worker.hooks import is_time_limit, keep
+from wove.worker.hooks import keep
 from wove.worker.pace import measured
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class _Work:
             func = session.assignment.another(self._func) if self.executed else self._func
         except BaseException as exc:
             explain_failed_load(session, exc)
-            self._fail(place, row[0], exc, source="worker")
+            self._fail(place, row[0], exc, source=source_of(exc))
             return
         try:
             with bind(item.context):
@@ -127,7 +127,12 @@ class _Work:
         if self._hooks.runs_again(result):
             self.again = result
             return
-        session.add_result(place, row[0], result)
+        try:
+            session.add_result(place, row[0], result)
+        except Exception as exc:
+            if not is_time_limit(exc):
+                raise
+            self._end_badly(place, row[0], item, exc)  # as if the task had not come to its end
 
     def _end_badly(self, place: int, run_id: str, item: Cancellable, exc: BaseException) -> None:
         if is_cancellation(exc):

@@ -9,13 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
-from wove.errors import EncodeError
+from wove.errors import EncodeError, is_time_limit
 from wove.tables import CANCELLED, ERROR, MAX_VALUE, RETURNED, encode_small, pack_table
 from wove.wire import pack_message
 from wove.worker.batch_news import News
 from wove.worker.batch_places import Places
 from wove.worker.context import Cancellable, RunContext
-from wove.worker.hooks import is_time_limit
 from wove.worker.offering import offer, patience
 from wove.worker.outcomes import encode_error
 from wove.worker.session import MAX_FRAMES, REPORT_AGAIN, REPORT_TIMEOUT, Session
@@ -130,12 +129,17 @@ class BatchSession(Session):
     # --- after a run ------------------------------------------------------------
 
     def add_result(self, place: int, run_id: str, result: Any) -> None:
-        """Keep a result to be delivered with others; a large one is delivered at once."""
+        """Keep a result to be delivered with others; a large one is delivered at once.
+
+        Raises:
+            BaseException: a time limit has struck meanwhile, and was not reported; or encoding it exits, which was.
+        """
         try:
             found = encode_small(result)
         except BaseException as exc:
-            # Its pickling exits: that ends this process, and is said of this run.
-            self.add_error(place, run_id, exc, source="worker")
+            if not is_time_limit(exc):
+                # Its pickling exits: that ends this process, and is said of this run.
+                self.add_error(place, run_id, exc, source="worker")
             raise
         if found is None or (self.assignment.plain and found[0] == "pickle"):
             alone = self._alone(run_id)
@@ -146,8 +150,13 @@ class BatchSession(Session):
             self._news.add(place, *found)
 
     def add_error(self, place: int, run_id: str, exc: BaseException, *, source: str = "task") -> None:
-        """Keep an error to be delivered with others."""
-        error, described, attachments = encode_error(exc, source=source, plain=self.assignment.plain)
+        """Keep an error to be delivered with others; for a time limit meanwhile see :meth:`fail`."""
+        try:
+            error, described, attachments = encode_error(exc, source=source, plain=self.assignment.plain)
+        except Exception as struck:
+            if is_time_limit(struck) and not is_time_limit(exc):
+                self.add_error(place, run_id, struck)
+            raise
         data = b"".join(pack_message({"error": error, "exception": described}, attachments))
         if len(data) > MAX_VALUE:
             alone = self._alone(run_id)

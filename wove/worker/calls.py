@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from wove.errors import ConfigurationError, PayloadRejectedError, WoveError, is_cancellation
+from wove.errors import ConfigurationError, PayloadRejectedError, WoveError, is_cancellation, is_time_limit
 from wove.refusals import count_refusal
 from wove.worker.fetching import FetchFailed, NotWanted
-from wove.worker.hooks import is_time_limit, keep
+from wove.worker.hooks import keep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,10 +96,16 @@ def load(session: Execution, loader: Callable[[], T], hooks: BackendHooks | None
         return None
     except BaseException as exc:
         explain_failed_load(session, exc)
+        source = source_of(exc)
         if hooks is not None:
-            hooks.ends(None, exc, source="worker")
-        session.fail(exc, source="worker")
+            hooks.ends(None, exc, source=source)
+        session.fail(exc, source=source)
         raise
+
+
+def source_of(exc: BaseException) -> str:
+    """Tell where the failure to load a call, or to encode what it returned, arose: the time is the task's own."""
+    return "task" if is_time_limit(exc) else "worker"
 
 
 def explain_failed_load(session: Execution, exc: BaseException) -> None:
@@ -136,10 +142,15 @@ def has_leave(session: Session, hooks: BackendHooks, *, redelivered: bool | int)
     try:
         return session.may_start(redelivered=redelivered, unseen=hooks.unseen)
     except Exception as exc:
-        # Of what is delivered again, another execution may be under way: that is to end the run.
-        if is_time_limit(exc) and not redelivered:
-            end_in_failure(session, exc, hooks)
+        struck_early(session, exc, hooks, redelivered=redelivered)
         raise
+
+
+def struck_early(session: Session, exc: Exception, hooks: BackendHooks, *, redelivered: bool | int) -> None:
+    """Deliver a time limit that has struck before the run had leave to start, and raise it; pass over anything else."""
+    # Of what is delivered again, another execution may be under way: that is to end the run.
+    if is_time_limit(exc) and not redelivered:
+        end_in_failure(session, exc, hooks)
 
 
 def end_in_failure(session: Session, exc: BaseException, hooks: BackendHooks) -> None:

@@ -19,7 +19,7 @@ from celery import shared_task, signals
 from celery.exceptions import Ignore, Reject, Retry, TimeLimitExceeded, WorkerLostError
 
 import wove
-from wove.errors import WoveError
+from wove.errors import WoveError, is_time_limit
 from wove.keyring import current_secrets
 from wove.wire import PARKED, PARKED_SUFFIX
 from wove.worker.execution import run
@@ -90,6 +90,8 @@ class CeleryHooks(BackendHooks):
         try:
             backend.store_result(task_id, result, "SUCCESS")
         except Exception as exc:
+            if is_time_limit(exc):
+                raise
             logger.warning("the result of task %s is kept as text: %s", task_id, exc)
             backend.store_result(task_id, repr(result)[:10_000], "SUCCESS")
 

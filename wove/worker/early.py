@@ -8,7 +8,7 @@ together with something else makes no socket readable any more.
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection, HTTPResponse
@@ -58,7 +58,8 @@ def reply_after(first: bytes, connection: HTTPConnection) -> HTTPResponse:
     def begun(sock: Any, *args: Any, **kwargs: Any) -> HTTPResponse:
         return _begun(first, sock, *args, **kwargs)
 
-    connection.response_class = begun  # type: ignore[assignment]
+    # Nothing is done with it but to call it.
+    connection.response_class = cast("type[HTTPResponse]", begun)
     try:
         return connection.getresponse()
     finally:

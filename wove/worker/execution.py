@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from wove.errors import PayloadRejectedError, WoveError
+from wove.errors import PayloadRejectedError, WoveError, is_time_limit
 from wove.worker.assignment import Assignment
-from wove.worker.calls import end_in_failure, has_leave, load_call, note_refusal
+from wove.worker.calls import end_in_failure, has_leave, load_call, note_refusal, struck_early
 from wove.worker.context import bind
 from wove.worker.courier import courier_for
-from wove.worker.hooks import BackendHooks, is_time_limit, keep
+from wove.worker.hooks import BackendHooks, keep
 from wove.worker.pace import measured
 from wove.worker.session import Session
 
@@ -50,7 +50,7 @@ def run(
             the backend counts the task as failed too.
     """
     hooks = hooks or BackendHooks()
-    session = _open(payload, backend)
+    session = _open(payload, backend, hooks, redelivered)
     if session.assignment.batch is not None:
         # Loaded by those who need it: RQ workers pay for imports once per job.
         from wove.worker.batch import run_batch
@@ -98,7 +98,7 @@ async def arun(
     from wove.worker.coroutines import supervise
 
     hooks = hooks or BackendHooks()
-    session = await _in_thread(_open, payload, backend)
+    session = await _in_thread(_open, payload, backend, hooks, redelivered)
     if session.assignment.batch is not None:
         from wove.worker.batch import run_batch
 
@@ -154,7 +154,9 @@ async def _in_thread(func: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
-def _open(payload: bytes | str, backend: Mapping[str, Any] | None) -> Session:
+def _open(
+    payload: bytes | str, backend: Mapping[str, Any] | None, hooks: BackendHooks, redelivered: bool | int
+) -> Session:
     try:
         assignment = Assignment(payload)
     except WoveError as exc:
@@ -168,6 +170,9 @@ def _open(payload: bytes | str, backend: Mapping[str, Any] | None) -> Session:
         note_refusal(exc, "payload of run %s rejected: %s", assignment.run_id, exc)
         session.refuse(exc)
         raise
+    except Exception as exc:
+        struck_early(session, exc, hooks, redelivered=redelivered)
+        raise
     return session
 
 
@@ -177,13 +182,22 @@ def _report_result(session: Session, result: Any, hooks: BackendHooks) -> None:
         session.retried(f"the task returned {type(result).__name__}")
         hooks.passed = result
         return
+    try:
+        deliver = session.encoded(result)
+    except Exception as exc:
+        # A time limit: as if the task had not come to its end.
+        end_in_failure(session, exc, hooks)
+        raise
     hooks.ends(result, None)
     try:
-        session.succeed(result)
+        deliver()
     except Exception as exc:
-        # It has done its work: nobody should do it once more because its outcome was delivered too slowly.
-        if not is_time_limit(exc) or session.parked is None:
+        if not is_time_limit(exc):
             raise
+        if session.parked is None:
+            session.fail(exc)  # the result has not been offered yet, or has been taken: then this is not
+            raise
+        # It has done its work: nobody should do it once more because its outcome was delivered too slowly.
         logger.warning("run %s: %s struck while its outcome was offered", session.assignment.run_id, exc)
     finally:
         keep(session, hooks, result=result)

@@ -5,18 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from wove.errors import is_time_limit
+
 if TYPE_CHECKING:
     from wove.worker.session import Session
 
 logger = logging.getLogger("wove.worker")
-
-#: Exceptions by which a backend says, in the middle of anything, that the time of a message is up.
-_TIME_LIMITS = frozenset({"SoftTimeLimitExceeded", "TimeLimitExceeded", "JobTimeoutException"})
-
-
-def is_time_limit(exc: BaseException) -> bool:
-    """Tell whether a backend's time limit has struck, wherever that was: no fault of what was being done."""
-    return any(kind.__name__ in _TIME_LIMITS for kind in type(exc).__mro__)
 
 
 class BackendHooks:

@@ -8,8 +8,8 @@ import random
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from wove.errors import is_time_limit
 from wove.worker.connection import down_since
-from wove.worker.hooks import is_time_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from wove.errors import normalize_exception
+from wove.errors import is_time_limit, normalize_exception
 from wove.wire import encode_value
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ def encode_error(
     """Return an error's data, the description of the exception itself, and the attachments of that.
 
     The exception is described by an empty list where that fails: the data is sent in any case.
+
+    Raises:
+        Exception: a time limit has struck meanwhile; ``exc`` is no such one.
     """
     attachments: list[Buffer] = []
     error = normalize_exception(exc, source=source)
@@ -38,5 +41,7 @@ def encode_error(
         from wove.remote_errors import encode_exception
 
         return error, encode_exception(exc, attachments, plain=plain), attachments
-    except Exception:
+    except Exception as failure:
+        if is_time_limit(failure) and not is_time_limit(exc):
+            raise
         return error, [], []

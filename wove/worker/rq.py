@@ -6,10 +6,11 @@ import hashlib
 import logging
 from typing import Any
 
+from wove.errors import is_time_limit
 from wove.wire import PARKED
 from wove.worker import offering
 from wove.worker.execution import run as _run
-from wove.worker.hooks import BackendHooks, is_time_limit
+from wove.worker.hooks import BackendHooks
 
 logger = logging.getLogger("wove.worker")
 
@@ -90,6 +91,8 @@ class RqHooks(BackendHooks):
             try:
                 self._job.serializer.dumps(result)
             except Exception as exc:
+                if is_time_limit(exc):
+                    raise
                 logger.warning("the result of job %s is kept as text: %s", self._job.id, exc)
                 result = repr(result)[:10_000]
             self.passed = result

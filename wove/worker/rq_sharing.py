@@ -13,9 +13,10 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from wove.errors import PayloadRejectedError
+from wove.errors import PayloadRejectedError, is_time_limit
 from wove.wire import PARKED
 from wove.worker.assignment import Assignment
+from wove.worker.calls import source_of
 from wove.worker.courier import courier_for
 from wove.worker.execution import run as _run
 from wove.worker.outcomes import encode_error, encode_result
@@ -258,12 +259,15 @@ class SharedJob(RqHooks):
             try:
                 described = encode_result(result, attachments, plain=plain)
             except BaseException as exc:
-                failure, source = exc, "worker"
+                failure, source = exc, source_of(exc)
         if failure is None:
             for session in sessions:
                 self._tell(session, partial(session.deliver_result, described, attachments))
             return
-        told = encode_error(failure, source=source, plain=plain)
+        try:
+            told = encode_error(failure, source=source, plain=plain)
+        except Exception as struck:  # a time limit
+            told = encode_error(struck, source="task", plain=plain)
         for session in sessions:
             self._tell(session, partial(session.deliver_error, *told))
 
@@ -285,11 +289,14 @@ class SharedJob(RqHooks):
             attendance.finish()
 
     def _close(self) -> tuple[str, dict[str, bytes]] | None:
-        try:
-            return self._party.close()
-        except Exception:
-            logger.exception("job %s: who shares it is not known", self._job.id)
-            return None
+        for attempt in (1, 2):
+            try:
+                return self._party.close()
+            except Exception as exc:
+                if attempt == 1 and is_time_limit(exc):
+                    continue  # it strikes but once, and those who share the job are to hear its outcome
+                logger.exception("job %s: who shares it is not known", self._job.id)
+        return None
 
     def _remaining(self, known: tuple[str, dict[str, bytes]] | None) -> list[Session]:
         """Return a session for each of the others; of those who have left none, where that is known."""

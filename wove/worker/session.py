@@ -7,16 +7,16 @@ import os
 import socket
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wove import frames
-from wove.errors import EncodeError, lost, normalize_exception
+from wove.errors import EncodeError, is_time_limit, lost, normalize_exception
 from wove.security import event_tag, reply_tag, same
 from wove.wire import pack_message, park
 from wove.worker import offering, starting
 from wove.worker.connection import Reply, clock_offset, request
 from wove.worker.context import Cancellable, RunContext
-from wove.worker.hooks import is_time_limit
 from wove.worker.offering import offer, patience
 from wove.worker.outcomes import encode_error, encode_result
 from wove.worker.pace import is_short
@@ -203,17 +203,28 @@ class Session(Cancellable):
     # --- after the task -------------------------------------------------------
 
     def succeed(self, result: Any) -> None:
-        """Deliver a result; one that cannot be encoded is delivered as an error naming its type."""
+        """Deliver a result; raises as :meth:`encoded`."""
+        self.encoded(result)()
+
+    def encoded(self, result: Any) -> Callable[[], None]:
+        """Return what delivers a result; one that cannot be encoded is delivered as an error naming its type.
+
+        Raises:
+            Exception: a time limit has struck meanwhile, and was not reported.
+        """
         attachments: list[Buffer] = []
         try:
             described = encode_result(result, attachments, plain=self.assignment.plain)
-        except Exception as exc:
-            self.fail(exc, source="worker")
-            return
         except BaseException as exc:
-            self.fail(exc, source="worker")
-            raise
-        self.deliver_result(described, attachments)
+            if is_time_limit(exc):
+                raise
+            return partial(self._fail_to_encode, exc)
+        return partial(self.deliver_result, described, attachments)
+
+    def _fail_to_encode(self, exc: BaseException) -> None:
+        self.fail(exc, source="worker")
+        if not isinstance(exc, Exception):
+            raise exc
 
     def deliver_result(self, described: Any, attachments: list[Buffer]) -> None:
         """Deliver a result as :func:`wove.wire.encode_value` has described it."""
@@ -235,8 +246,14 @@ class Session(Cancellable):
         self.fail(exc, source="worker")
 
     def fail(self, exc: BaseException, *, source: str = "task") -> None:
-        """Deliver an error."""
-        self.deliver_error(*encode_error(exc, source=source, plain=self.assignment.plain))
+        """Deliver an error; a time limit that strikes while it is encoded is delivered instead, and raised."""
+        try:
+            told = encode_error(exc, source=source, plain=self.assignment.plain)
+        except Exception as struck:
+            if is_time_limit(struck) and not is_time_limit(exc):
+                self.fail(struck)
+            raise
+        self.deliver_error(*told)
 
     def deliver_error(self, error: Mapping[str, Any], described: Any, attachments: list[Buffer]) -> None:
         """Deliver an error as :func:`wove.worker.outcomes.encode_error` has described it."""

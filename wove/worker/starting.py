@@ -6,8 +6,8 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from wove.errors import is_time_limit
 from wove.worker.connection import withdrawals
-from wove.worker.hooks import is_time_limit
 from wove.worker.offering import retry_after
 
 if TYPE_CHECKING:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import ctypes
 import io
 import sys
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import Any, TextIO, cast
 
 from wove.worker.context import MAX_MESSAGE, current
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 #: Runs whose unfinished lines are kept.
 MAX_PARTIAL = 1_000
@@ -27,6 +24,7 @@ class TaskOutput(io.TextIOBase):
         self._real = real
         self._partial: dict[str, str] = {}
 
+    # typeshed has an attribute here that could be written; the class itself has none such.
     @property
     def encoding(self) -> str:  # type: ignore[override]
         """As of the real stream."""
@@ -69,11 +67,6 @@ class TaskOutput(io.TextIOBase):
         for line in lines:
             run.log(line)
         return len(text)
-
-    def writelines(self, lines: Iterable[str], /) -> None:  # type: ignore[override]
-        """Write several texts."""
-        for line in lines:
-            self.write(line)
 
     def flush(self) -> None:
         """Report a line that is not finished, as a prompt is."""
