@@ -1,4 +1,4 @@
-"""``rq worker -c wove.worker.rq_preload``: made ready once, before it forks for one job after another."""
+"""What an RQ worker has imported before it forks, by itself and with ``rq worker -c wove.worker.rq_preload``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from redis import Redis
+from rq import Queue
 from wove_tests import tasks
 from wove_tests.callbacks import child_environment
 
@@ -27,6 +31,7 @@ QUEUE = "preloaded"
 #: What the parent of a worker is left with.
 SCRIPT = """
 import json, logging, os, sys, threading
+import redis.utils
 import rq.cli
 logging.basicConfig(level=logging.INFO)
 from rq.cli.helpers import read_config_file
@@ -42,6 +47,8 @@ print(json.dumps({
     "sockets": [name for name in sockets if name.startswith("socket:")],
     "loaded": sorted({"cloudpickle", "wove.worker.batch", "wove.worker.beats"} & set(sys.modules)),
     "rehearses": rehearse(),
+    # By now it need not be looked up.
+    "redis": vars(redis.utils).pop("metadata") and redis.utils.get_lib_version(),
 }))
 """
 
@@ -70,6 +77,7 @@ def test_nothing_of_the_rehearsal_stays() -> None:
         "sockets": [],
         "loaded": ["cloudpickle", "wove.worker.batch", "wove.worker.beats"],
         "rehearses": True,
+        "redis": version("redis"),
     }
     assert log == ""
 
@@ -120,3 +128,26 @@ async def test_its_work_horses_do_what_others_do(worker: str) -> None:
         with pytest.raises(WorkerLostError):
             await fleet.run(os._exit, 3)
         assert await fleet.run(tasks.double, 4) == 8
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize(("serializer", "forks_with"), [(None, "Wove"), ("json", "RQ alone")])
+async def test_every_worker_has_imported_it_with_the_first_job(
+    fleets: Fleets, serializer: str | None, forks_with: str
+) -> None:
+    url, name = fleets.redis_url(DATABASE), f"{QUEUE}-{serializer}"
+    with (
+        RqWorker(
+            url,
+            queues=[name],
+            worker_class="wove_tests.watched_worker.WatchedWorker",
+            serializer=serializer,
+            env=child_environment(),
+        ) as plain,
+        closing(Redis.from_url(url)) as client,
+    ):
+        queue = Queue(name, connection=client, serializer=serializer)
+        definition = {"executor": "rq", "executor_config": {"queue": queue}, "delivery_timeout": 60}
+        async with ExecutorRuntime({"rq": definition}) as runtime:
+            assert await asyncio.gather(*(runtime["rq"].run(tasks.double, n) for n in range(3))) == [0, 2, 4]
+        assert plain.log_text().count(f"it forks with {forks_with}") == 3
