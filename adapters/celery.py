@@ -40,6 +40,8 @@ INSPECT_TIMES = 2
 
 
 _importing = threading.Lock()
+#: Broker URLs that were looked at: of what starting an environment costs, that is the most.
+_usable: set[str] = set()
 
 
 class CeleryAdapter(BackendAdapter):
@@ -98,11 +100,15 @@ class CeleryAdapter(BackendAdapter):
             )
         # Once, here: finalizing an app from several threads at a time is not safe.
         app.finalize()
-        _check_broker_url(app)
-        # JSON text unless the fleet's own serializer carries bytes.
-        self._binary = app.conf.task_serializer in ("msgpack", "pickle")
-        if "serializer" in self._options:
-            self._binary = self._options["serializer"] in ("msgpack", "pickle")
+        url = self.config.get("broker_url")
+        if url not in _usable:
+            _check_broker_url(app)
+        if url is not None:
+            _usable.add(url)
+        # JSON text unless the fleet's own serializer carries bytes. That of an app made here is Celery's default;
+        # an app's settings take a while to be read the first time.
+        serializer = self._options.get("serializer") or ("json" if url else app.conf.task_serializer)
+        self._binary = serializer in ("msgpack", "pickle")
         return app
 
     def _make_app(self) -> Any:
