@@ -268,6 +268,9 @@ async def test_many_runs_begin_to_leave_before_the_loop_has_its_next_turn() -> N
         await asyncio.sleep(0)
     assert heard == [None] * (AT_ONCE + 1)
     assert backend.taken == [*others, first]
+    while outbox._flushing is not None and not outbox._flushing.done():
+        await asyncio.sleep(0)
+    assert outbox._last is None
     outbox.stop()
 
 

@@ -234,6 +234,8 @@ class Outbox:
                 raise
             for parcel in parcels:
                 self._settle(parcel)
+            if self._last is under_way:
+                self._last = None  # nor are its arguments held any longer
 
     def _begin_next(self) -> HandOver | None:
         self._forget_recalled()
