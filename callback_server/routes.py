@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from wove.callback_server.contacts import Contacts
     from wove.callback_server.express import Report
     from wove.callback_server.guard import Guard
-    from wove.callback_server.runs import Execution, OpenRun, OpenRuns
+    from wove.callback_server.run_table import OpenRuns
+    from wove.callback_server.runs import Execution, OpenRun
     from wove.frames import Frame
 
 logger = logging.getLogger("wove.callback_server")

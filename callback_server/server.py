@@ -20,7 +20,7 @@ from wove.callback_server.door import TlsDoor
 from wove.callback_server.express import Express
 from wove.callback_server.guard import Guard
 from wove.callback_server.routes import Routes
-from wove.callback_server.runs import OpenRuns
+from wove.callback_server.run_table import OpenRuns
 from wove.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class CallbackListener:
 
     def wake_run(self, run: OpenRun) -> None:
         """Let the run's workers hear that another attempt has begun."""
-        self._call(self.runs.wake, run)
+        self._call(run.wake)
 
     def cancel_run(self, run_id: str) -> None:
         """Tell the run's worker to stop."""
