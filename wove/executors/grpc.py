@@ -13,15 +13,9 @@ from wove.errors import ConfigurationError, MissingDispatchFeatureError, safe_te
 from wove.exchange import TAKEN, encode_cancel
 from wove.executors.grpc_line import Line, read_hello
 from wove.executors.grpc_loop import Pipe, loop_of_calls
-from wove.executors.network import (
-    IN_THREAD_FROM,
-    SILENCE_SECONDS,
-    NetworkExecutor,
-    Request,
-    SentRun,
-    refused,
-)
+from wove.executors.network import SILENCE_SECONDS
 from wove.executors.policy import check_policy, client_tls, is_loopback, read_headers, read_pem
+from wove.executors.requests import IN_THREAD_FROM, Request, RequestExecutor, refused
 from wove.executors.settings import seconds
 from wove.network_security import NetworkSecurityError, Seal
 from wove.threads import in_thread
@@ -35,6 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from wove.exchange import Packet
+    from wove.executors.network import SentRun
 
 logger = logging.getLogger("wove.executors")
 
@@ -52,7 +47,7 @@ _METHOD = re.compile(r"/[\w.]+/\w+")
 _NAME = re.compile(r"[a-z0-9_.-]+")
 
 
-class GrpcEnvironmentExecutor(NetworkExecutor):
+class GrpcEnvironmentExecutor(RequestExecutor):
     """Sends tasks to a worker service over gRPC; events come back as they happen.
 
     A service whose method is unary answers with all events at once, which works as well. Ours has another one
@@ -147,7 +142,7 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         )
 
     async def close(self) -> None:
-        """Close the connections; see :meth:`NetworkExecutor.close`."""
+        """Close the connections; see :meth:`RequestExecutor.close`."""
         channels, self._channels = self._channels, []
         self._calls = self._urgent = self._lines = None
         if self._opening is not None:
@@ -164,7 +159,7 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
             await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(disconnect(), self._loop_of_calls))
 
     async def exchange(self, request: Request, *, urgent: bool) -> AsyncGenerator[bytes, None]:
-        """Send a request; see :meth:`NetworkExecutor.exchange`."""
+        """Send a request; see :meth:`RequestExecutor.exchange`."""
         size = request.size
         body = await in_thread(b"".join, request.body) if size > IN_THREAD_FROM else b"".join(request.body)
         answer = Pipe()
@@ -200,13 +195,11 @@ class GrpcEnvironmentExecutor(NetworkExecutor):
         sent.accept()
         self._tell(line, parts)
 
-    async def _cancel(self, run_id: str) -> None:
-        sent = self._runs.get(run_id)
-        if sent is None or not isinstance(sent.carrier, Line):
-            await super()._cancel(run_id)
-            return
-        sent.abandoned = True
-        self._tell(sent.carrier, encode_cancel(run_id))
+    async def _cancel(self, sent: SentRun) -> None:
+        if isinstance(sent.carrier, Line):
+            self._tell(sent.carrier, encode_cancel(sent.run_id))
+        else:
+            await super()._cancel(sent)
 
     def _tell(self, line: Line, parts: list[Buffer]) -> None:
         if self._loop is self._loop_of_calls:
