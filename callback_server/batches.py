@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from wove.callback_server.runs import OpenRuns
+    from wove.callback_server.run_table import OpenRuns
     from wove.frames import Frame
     from wove.shared_parts import Part
 

@@ -17,7 +17,8 @@ from wove.security import beat_tag, cancel_tag, same
 
 if TYPE_CHECKING:
     from wove.callback_server.contacts import Contacts
-    from wove.callback_server.runs import Execution, OpenRun, OpenRuns
+    from wove.callback_server.run_table import OpenRuns
+    from wove.callback_server.runs import Execution, OpenRun
 
 #: Largest body, in bytes: it is read before anything of it can be verified.
 MAX_BODY = 64 * 1024

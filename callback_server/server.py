@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
+from wove.callback_server.beats import Beats
 from wove.callback_server.contacts import Contacts
 from wove.callback_server.door import TlsDoor
+from wove.callback_server.events import Events
 from wove.callback_server.express import Express
 from wove.callback_server.guard import Guard
 from wove.callback_server.routes import Routes
-from wove.callback_server.runs import OpenRuns
+from wove.callback_server.run_table import OpenRuns
 from wove.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class CallbackListener:
         self.runs = OpenRuns()
         self.contacts = Contacts()
         self.guard = Guard(self.contacts.lost, self.runs.forgive, "callback")
-        self._routes: Routes | None = None
+        self._events = Events(self.runs, self.contacts)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
@@ -146,7 +148,7 @@ class CallbackListener:
 
     def wake_run(self, run: OpenRun) -> None:
         """Let the run's workers hear that another attempt has begun."""
-        self._call(self.runs.wake, run)
+        self._call(run.wake)
 
     def cancel_run(self, run_id: str) -> None:
         """Tell the run's worker to stop."""
@@ -154,12 +156,12 @@ class CallbackListener:
         self._call(self.runs.cancel, run_id)
 
     async def take_parked(self, run_id: str, blob: bytes) -> None:
-        """Take an outcome in that a worker has left with the backend; see :meth:`Routes.take_parked`."""
-        routes, loop = self._routes, self._loop
-        if routes is None or loop is None:
+        """Take an outcome in that a worker has left with the backend; see :meth:`Events.take_parked`."""
+        loop = self._loop
+        if loop is None:
             return
-
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(routes.take_parked(run_id, blob), loop))
+        parked = self._events.take_parked(run_id, blob)
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(parked, loop))
 
     def _call(self, func: Any, *args: Any) -> None:
         # In the loop's own thread: waking a held beat touches asyncio objects.
@@ -187,11 +189,12 @@ class CallbackListener:
     async def _serve(self, bound: Future[int]) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self._routes = Routes(self.runs, self.guard, self.contacts)
+        beats = Beats(self.runs, self.guard, self.contacts)
+        routes = Routes(self.runs, self.guard, beats, self._events)
         # None only until the runner is set up, and connections come later.
-        express = Express(lambda: cast("Any", runner.server)(), self._routes.take_report, self.guard.seen)
+        express = Express(lambda: cast("Any", runner.server)(), routes.take_report, self.guard.seen)
         app = web.Application(middlewares=[express.middleware, self.guard.middleware], client_max_size=0)
-        app.add_routes(self._routes.table())
+        app.add_routes(routes.table())
         runner = web.AppRunner(
             app,
             access_log=None,

@@ -9,9 +9,9 @@ from wove import frames
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from wove.delivery import Run
     from wove.frames import Frame
     from wove.policy import DeliveryPolicy
+    from wove.run_state import Run
     from wove.shared_parts import SharedCallable
 
 

@@ -11,18 +11,16 @@ them and closed. A result closes a run whatever its state; what comes after is c
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from wove import frames
+from wove.deadlines import Deadlines
 from wove.errors import DeliveryTimeoutError, ProtocolError, safe_text
 from wove.remote_errors import error_from_frame
-from wove.run_errors import add_history, is_loss, lost_error, name_of, where
+from wove.run_errors import add_history, is_loss, lost_error, name_of, overdue, where
+from wove.run_state import Applied, Outcome, Resubmission, Run, RunState
 
 if TYPE_CHECKING:
     from wove.policy import DeliveryPolicy
@@ -33,86 +31,6 @@ TOMBSTONES = 4096
 MAX_EXECUTIONS = 64
 #: Ends of earlier attempts that are remembered for the error of the last one.
 MAX_HISTORY = 20
-
-#: What keeps a worker from speaking of a run that its backend has accepted.
-WHY_SILENT = (
-    "no free worker on that queue, one with another WOVE_SECRET, or one that cannot reach the callback URL; "
-    "`wove doctor` tells which"
-)
-
-
-_NOBODY: Mapping[str, Any] = MappingProxyType({})
-
-
-class RunState(StrEnum):
-    """Where an open run is."""
-
-    QUEUED = "queued"
-    SUBMITTED = "submitted"
-    STARTED = "started"
-    LOST = "lost"
-    CANCELLING = "cancelling"
-
-
-@dataclass(slots=True)
-class Run:
-    """One call, while it is open. Times are those of the table's clock, in seconds."""
-
-    run_id: str
-    task_id: str
-    policy: DeliveryPolicy
-    opened_at: float
-    state: RunState = RunState.QUEUED
-    attempt: int = 1
-    #: How often it was submitted again: each new attempt is one, and each time that the backend's answer was lost.
-    repeats: int = 0
-    #: Whether the backend may have the current attempt, and may not: it is to be submitted once more.
-    doubtful: bool = False
-    #: When the current attempt was decided on.
-    attempt_at: float = 0.0
-    submitted_at: float | None = None
-    started_at: float | None = None
-    #: Whether any attempt has ever started: then the time to start is no longer the question.
-    ever_started: bool = False
-    last_seen: float | None = None
-    cancel_by: float | None = None
-    worker: Mapping[str, Any] = field(default_factory=lambda: _NOBODY)
-    #: How earlier attempts ended: ``attempt``, ``reason``, ``host``, ``pid``, ``seconds``.
-    history: list[dict[str, Any]] | tuple[()] = ()
-    #: Per execution, the number of its last event.
-    seqs: Mapping[str, int] = field(default_factory=lambda: _NOBODY)
-
-
-@dataclass(slots=True)
-class Outcome:
-    """How a run ended: exactly one per run.
-
-    ``kind`` is ``result``, ``error``, ``cancelled`` or ``timeout``; ``cancel_work`` says
-    that the work may still be going on and is to be stopped.
-    """
-
-    run: Run
-    kind: str
-    value: Any = None
-    exception: BaseException | None = None
-    cancel_work: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Resubmission:
-    """The delivery of a run failed, and it has retries left: it is to be submitted again."""
-
-    run: Run
-    reason: str
-
-
-class Applied(NamedTuple):
-    """What became of an event: whether its run took it, and what is to be done about it."""
-
-    taken: bool
-    outcome: Outcome | None = None
-    again: Resubmission | None = None
-
 
 _DROPPED = Applied(taken=False)
 
@@ -130,7 +48,7 @@ class RunTable:
         self._clock = clock
         self._open: dict[str, Run] = {}
         self._closed: OrderedDict[str, None] = OrderedDict()
-        self._deadlines: list[tuple[float, str]] = []
+        self._deadlines = Deadlines(self._open)
         #: What was counted and dropped: ``late``, ``stale``, ``duplicate``, ``unknown_run``,
         #: ``unknown_type``, ``malformed``.
         self.dropped: Counter[str] = Counter()
@@ -152,7 +70,7 @@ class RunTable:
         now = self._clock()
         run = Run(run_id, task_id, policy, now, attempt_at=now)
         self._open[run_id] = run
-        self._watch(run)
+        self._deadlines.watch(run)
         return run
 
     def submitted(self, run_id: str, attempt: int = 1) -> None:
@@ -180,7 +98,7 @@ class RunTable:
             run.submitted_at = None
             run.attempt += 1
             run.attempt_at = self._clock()
-            self._watch(run)
+            self._deadlines.watch(run)
         elif not run.doubtful or run.state is not RunState.QUEUED:
             return None
         run.doubtful = False
@@ -235,7 +153,7 @@ class RunTable:
         if run.state is not RunState.CANCELLING:
             run.state = RunState.CANCELLING
             run.cancel_by = self._clock() + run.policy.cancel_timeout
-            self._watch(run)
+            self._deadlines.watch(run)
         return None
 
     # --- what comes back ------------------------------------------------------
@@ -330,7 +248,7 @@ class RunTable:
             if run.state is not RunState.CANCELLING:
                 run.state = RunState.STARTED
             if frame["type"] not in frames.TERMINAL:  # else it has no deadline any more
-                self._watch(run)
+                self._deadlines.watch(run)
 
     def _requeued(self, run: Run, frame: Mapping[str, Any]) -> None:
         """The backend itself will run the payload again: nothing is heard of it until then."""
@@ -390,51 +308,18 @@ class RunTable:
         """Act on every deadline that has passed and return what follows."""
         now = self._clock()
         ended: list[Outcome | Resubmission] = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, run_id = heapq.heappop(self._deadlines)
-            run = self._open.get(run_id)
-            if run is None:
-                continue
-            due, reason = self._due(run)
-            if due is None or due > now:
-                self._watch(run)
-                continue
+        while (passed := self._deadlines.take(now)) is not None:
+            run, reason = passed
             step = self._expired(run, reason, now)
             if step is not None:
                 ended.append(step)
             if isinstance(step, Resubmission):
-                self._watch(run)
+                self._deadlines.watch(run)
         return ended
 
     def next_deadline(self) -> float | None:
         """Return when :meth:`expire` has to be called next, by the table's clock."""
-        while self._deadlines and self._deadlines[0][1] not in self._open:
-            heapq.heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
-
-    def _due(self, run: Run) -> tuple[float | None, str]:
-        policy = run.policy
-        candidates = []
-        if run.cancel_by is not None:
-            candidates.append((run.cancel_by, "cancel"))
-        if policy.timeout is not None:
-            candidates.append((run.opened_at + policy.timeout, "timeout"))
-        if policy.start_timeout is not None and not run.ever_started and run.state is not RunState.LOST:
-            candidates.append((run.opened_at + policy.start_timeout, "start"))
-        if run.last_seen is not None and policy.heartbeat_seconds is not None:
-            candidates.append((run.last_seen + policy.heartbeat_seconds, "heartbeat"))
-        return min(candidates) if candidates else (None, "")
-
-    def _watch(self, run: Run) -> None:
-        due, _ = self._due(run)
-        if due is None:
-            return
-        heapq.heappush(self._deadlines, (due, run.run_id))
-        if len(self._deadlines) > 64 + 4 * len(self._open):
-            # Mostly entries of runs that have ended: kept until their time they would pile up.
-            live = {run_id: self._due(open_run)[0] for run_id, open_run in self._open.items()}
-            self._deadlines = [(when, run_id) for run_id, when in live.items() if when is not None]
-            heapq.heapify(self._deadlines)
+        return self._deadlines.next()
 
     def _expired(self, run: Run, reason: str, now: float) -> Outcome | Resubmission | None:
         if reason == "cancel":
@@ -445,22 +330,9 @@ class RunTable:
                 f"(delivery_heartbeat_seconds={run.policy.heartbeat_seconds:g})"
             )
             return self._lose(run, word, lambda: self._lost_error(run, word))
-        exception = DeliveryTimeoutError(f"{name_of(self._environment, run)} {self._overdue(run, reason)}")
+        exception = DeliveryTimeoutError(f"{name_of(self._environment, run)} {overdue(run, reason)}")
         add_history(exception, run)
         return self._close(run.run_id, "timeout", exception=exception, cancel_work=True)
-
-    def _overdue(self, run: Run, reason: str) -> str:
-        if reason == "start":
-            state = (
-                f"accepted by the backend, never started: {WHY_SILENT}"
-                if run.submitted_at is not None
-                else "not accepted by the backend yet: is the broker up?"
-            )
-            return f"did not start within delivery_start_timeout={run.policy.start_timeout:g} s: {state}"
-        text = f"had no outcome within delivery_timeout={run.policy.timeout:g} s (state: {run.state})"
-        if run.state is RunState.SUBMITTED and not run.ever_started:
-            text += f": {WHY_SILENT}"
-        return text
 
     def _close(
         self,

@@ -12,7 +12,7 @@ from wove import frames
 from wove.alarm import Alarm
 from wove.background import Background
 from wove.commands import run_frame
-from wove.delivery import Outcome, Resubmission, RunState, RunTable
+from wove.delivery import RunTable
 from wove.errors import (
     ConfigurationError,
     DeliveryOrphanedError,
@@ -24,6 +24,7 @@ from wove.errors import (
 from wove.reception import Reception
 from wove.run_ids import new_run_id
 from wove.run_settings import RunSettings
+from wove.run_state import Outcome, Resubmission, RunState
 from wove.shared_parts import SharedCallable
 from wove.sharing import SharedCalls, sharing_key
 from wove.submission import Submission
@@ -33,10 +34,10 @@ from wove.wire import callable_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
-    from wove.delivery import Run
     from wove.executors.base import EnvironmentExecutor
     from wove.frames import Frame
     from wove.policy import DeliveryPolicy
+    from wove.run_state import Run
     from wove.waiter import OnProgress
 
 logger = logging.getLogger("wove.dispatch")

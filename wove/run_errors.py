@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from wove.errors import WorkerLostError
 from wove.remote_errors import error_from_frame
+from wove.run_state import RunState
 
 if TYPE_CHECKING:
-    from wove.delivery import Run
+    from wove.run_state import Run
+
+#: What keeps a worker from speaking of a run that its backend has accepted.
+WHY_SILENT = (
+    "no free worker on that queue, one with another WOVE_SECRET, or one that cannot reach the callback URL; "
+    "`wove doctor` tells which"
+)
 
 
 def is_loss(error: Any) -> bool:
@@ -68,6 +75,21 @@ def lost_error(
         "worker": dict(worker),
     }
     return error_from_frame({"error": payload}, where=where(environment, run, run.attempt))
+
+
+def overdue(run: Run, reason: str) -> str:
+    """Say what a run has not done in time: ``start``, or come to its end."""
+    if reason == "start":
+        state = (
+            f"accepted by the backend, never started: {WHY_SILENT}"
+            if run.submitted_at is not None
+            else "not accepted by the backend yet: is the broker up?"
+        )
+        return f"did not start within delivery_start_timeout={run.policy.start_timeout:g} s: {state}"
+    text = f"had no outcome within delivery_timeout={run.policy.timeout:g} s (state: {run.state})"
+    if run.state is RunState.SUBMITTED and not run.ever_started:
+        text += f": {WHY_SILENT}"
+    return text
 
 
 def add_history(exception: BaseException, run: Run) -> None:

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 
 from wove.background import asked_to_stop
 from wove.commands import again_frame, cancel_frame, orphan_frame
-from wove.delivery import WHY_SILENT, RunState
 from wove.errors import SubmitError
 from wove.executors.base import is_whole
+from wove.run_errors import WHY_SILENT
+from wove.run_state import RunState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from wove.background import Background
-    from wove.delivery import Outcome, Resubmission, Run, RunTable
+    from wove.delivery import RunTable
     from wove.executors.base import EnvironmentExecutor
     from wove.frames import Frame
+    from wove.run_state import Outcome, Resubmission, Run
     from wove.waiter import Waiter
 
 logger = logging.getLogger("wove.dispatch")

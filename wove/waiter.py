@@ -11,8 +11,8 @@ from wove.errors import EnvironmentExecutionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from wove.delivery import Outcome, Run
     from wove.frames import Frame
+    from wove.run_state import Outcome, Run
 
     OnProgress = Callable[[Mapping[str, Any]], None]
 

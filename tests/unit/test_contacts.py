@@ -10,9 +10,11 @@ from wove_tests.clock import Clock
 
 from wove import frames
 from wove.callback_server import contacts as contacts_module
+from wove.callback_server import run_table
 from wove.callback_server import runs as runs_module
 from wove.callback_server.contacts import Contacts
-from wove.callback_server.runs import MAX_CANCELLED, MAX_ENDED, MAX_EXECUTIONS, OpenRun, OpenRuns
+from wove.callback_server.run_table import MAX_CANCELLED, MAX_ENDED, OpenRuns
+from wove.callback_server.runs import MAX_EXECUTIONS, OpenRun
 from wove.security import SecretRing
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ RUN = "a" * 32
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of the callback server."""
     made = Clock()
-    for module in (contacts_module, runs_module):
+    for module in (contacts_module, run_table, runs_module):
         monkeypatch.setattr(module, "time", made.as_time())
     return made
 

@@ -23,22 +23,15 @@ from hypothesis.stateful import (
 from wove_tests.clock import Clock
 
 from wove import frames
-from wove.delivery import (
-    MAX_EXECUTIONS,
-    MAX_HISTORY,
-    TOMBSTONES,
-    Outcome,
-    Resubmission,
-    RunState,
-    RunTable,
-)
+from wove.delivery import MAX_EXECUTIONS, MAX_HISTORY, TOMBSTONES, RunTable
 from wove.errors import DeliveryTimeoutError, EnvironmentExecutionError, SubmitError, WorkerLostError, lost
 from wove.policy import DeliveryPolicy
+from wove.run_state import Outcome, Resubmission, RunState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from wove.delivery import Run
+    from wove.run_state import Run
 
 RUN = "a" * 32
 WORKER = {"host": "w1", "pid": 7, "backend": "celery", "job": "j1"}
@@ -1422,7 +1415,7 @@ class DeliveryMachine(RuleBasedStateMachine):
             self.follow(run.run_id, self.table.fail(run.run_id, ValueError("stopped")), "error")
         assert len(self.table) == 0
         assert self.table.next_deadline() is None
-        assert self.table._deadlines == []
+        assert len(self.table._deadlines) == 0
         assert set(self.table._closed) == set(self.runs)
         assert Counter(len(model.outcomes) for model in self.runs.values()) in ({}, {1: len(self.runs)})
 

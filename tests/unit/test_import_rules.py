@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 LAYERS = (
     {"buffers", "eager", "errors", "frames", "nonces", "plain_data", "refusals", "threads"},
     {
+        "deadlines",
         "decode_limits",
         "delivery",
         "exposure",
@@ -28,6 +29,7 @@ LAYERS = (
         "policy",
         "remote_errors",
         "run_errors",
+        "run_state",
         "security",
         "tables",
         "wire",

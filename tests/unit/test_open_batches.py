@@ -10,7 +10,7 @@ from wove_tests.callbacks import Sink
 
 from wove import frames
 from wove.callback_server.batches import OpenBatch
-from wove.callback_server.runs import OpenRuns
+from wove.callback_server.run_table import OpenRuns
 from wove.errors import lost
 from wove.security import find_secrets
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from wove.adapters.rq_sharing import Ticket
 from wove.backend import shared_name
 from wove.commands import again_frame, orphan_frame
-from wove.delivery import Run
 from wove.policy import DeliveryPolicy
+from wove.run_state import Run
 
 
 def test_a_name_tells_environment_queue_and_key_apart() -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove.errors import ConfigurationError, MissingDispatchFeatureError
 from wove.exchange import chunked
-from wove.executors.network import IN_THREAD_FROM, SILENCE_SECONDS, NetworkExecutor, Request, refused
+from wove.executors.network import SILENCE_SECONDS
 from wove.executors.policy import TLS_KEYS, Endpoint, check_policy, client_tls, read_endpoint, read_headers
+from wove.executors.requests import IN_THREAD_FROM, Request, RequestExecutor, refused
 from wove.executors.settings import whole_number
 from wove.network_security import NetworkSecurityError, Seal
 from wove.threads import in_thread
@@ -30,7 +31,7 @@ CHUNK = 256 * 1024
 READ_AHEAD = 512 * 1024
 
 
-class HttpEnvironmentExecutor(NetworkExecutor):
+class HttpEnvironmentExecutor(RequestExecutor):
     """Sends tasks to a worker service over HTTP; events come back as they happen.
 
     ``executor_config``: ``url`` (``http://``, ``https://``, or ``unix:///path``), ``security``, ``headers``,
@@ -54,7 +55,7 @@ class HttpEnvironmentExecutor(NetworkExecutor):
     @property
     def where(self) -> str:
         """The service's address."""
-        return self._endpoint.socket_path or self._endpoint.url
+        return self._endpoint.where
 
     async def open(self, config: Mapping[str, Any]) -> None:
         """Check the settings; see :meth:`NetworkExecutor.open`."""
@@ -105,7 +106,7 @@ class HttpEnvironmentExecutor(NetworkExecutor):
         return session
 
     async def close(self) -> None:
-        """Close the connections; see :meth:`NetworkExecutor.close`."""
+        """Close the connections; see :meth:`RequestExecutor.close`."""
         sessions = (self._session, self._urgent)
         self._session = self._urgent = None
         for session in sessions:
@@ -113,7 +114,7 @@ class HttpEnvironmentExecutor(NetworkExecutor):
                 await session.close()
 
     async def exchange(self, request: Request, *, urgent: bool) -> AsyncGenerator[bytes, None]:
-        """Send a request; see :meth:`NetworkExecutor.exchange`."""
+        """Send a request; see :meth:`RequestExecutor.exchange`."""
         session = self._urgent if urgent else self._session
         if session is None:
             raise RuntimeError("the http executor is not started")

@@ -36,6 +36,11 @@ class Endpoint(NamedTuple):
     local: bool
     socket_path: str | None = None
 
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return self.socket_path or self.url
+
 
 def read_endpoint(config: Mapping[str, Any], executor: str, schemes: tuple[str, str]) -> Endpoint:
     """Check ``executor_config["url"]``.

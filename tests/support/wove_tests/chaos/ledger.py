@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import wove.delivery
+import wove.run_state
 from wove import DeliveryTimeoutError, SubmitError, WorkerLostError
 from wove_tests.chaos.tasks import ChaosError
 
@@ -167,7 +167,7 @@ def watch_outcomes(note: Callable[[str], None]) -> Callable[[], int]:
     A caller sees one outcome at most, since an awaited call ends once; so this looks at the table of runs.
     """
     seen: set[int] = set()
-    outcome_class = wove.delivery.Outcome
+    outcome_class = wove.run_state.Outcome
     original = outcome_class.__init__
 
     def counting(self: Any, run: Any, *args: Any, **kwargs: Any) -> None:
