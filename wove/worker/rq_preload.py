@@ -11,8 +11,6 @@ import os
 from contextlib import suppress
 from functools import cache
 
-import redis.utils
-
 import wove.worker.batch
 import wove.worker.beats
 import wove.worker.fetching
@@ -38,6 +36,8 @@ def remember_redis_version() -> None:
     It tells Redis that version whenever it connects, and finds it by parsing its package's metadata: in a horse, which
     has to connect anew, that takes a tenth of all that is done for a short job.
     """
+    import redis.utils
+
     look_up = getattr(redis.utils, "get_lib_version", None)
     if look_up is not None:
         remembered = cache(look_up)
