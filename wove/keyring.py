@@ -244,7 +244,7 @@ def _parse_cookie(path: Path) -> SecretRing:
         info = path.stat()
         if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
             raise ConfigurationError(f"{source} can be read by others: chmod 600 {path}, or set WOVE_SECRET")
-        return SecretRing.parse(path.read_text(encoding="ascii").strip(), source)
+        return SecretRing.parse(path.read_bytes().decode("ascii").strip(), source)
     except UnicodeDecodeError:
         raise ConfigurationError(f"{source} holds no secret: remove it, or set WOVE_SECRET") from None
     except OSError as exc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import logging
 from typing import Any
 
@@ -13,6 +14,10 @@ from wove.worker.execution import run as _run
 from wove.worker.hooks import BackendHooks
 
 logger = logging.getLogger("wove.worker")
+
+# OpenSSL looks an algorithm up when it is first used. RQ's worker imports this module before it forks, so that its
+# work horses need not.
+hmac.digest(b"any", b"", "sha256")
 
 #: Seconds that such an outcome, and the result of work that nobody waited for, are kept.
 PARKED_SECONDS = 900
