@@ -40,8 +40,8 @@ INSPECT_TIMES = 2
 
 
 _importing = threading.Lock()
-#: Broker URLs that were looked at: of what starting an environment costs, that is the most.
-_usable: set[str] = set()
+#: Hashes of broker URLs that were looked at: of what starting an environment costs, that is the most.
+_usable: set[int] = set()
 
 
 class CeleryAdapter(BackendAdapter):
@@ -101,10 +101,12 @@ class CeleryAdapter(BackendAdapter):
         # Once, here: finalizing an app from several threads at a time is not safe.
         app.finalize()
         url = self.config.get("broker_url")
-        if url not in _usable:
+        if hash(url) not in _usable:
             _check_broker_url(app)
         if url is not None:
-            _usable.add(url)
+            _usable.add(hash(url))
+        # Where the fleet routes tasks, a router may choose for each message anew.
+        self._one_queue = url is not None or not app.conf.task_routes
         # JSON text unless the fleet's own serializer carries bytes. That of an app made here is Celery's default;
         # an app's settings take a while to be read the first time.
         serializer = self._options.get("serializer") or ("json" if url else app.conf.task_serializer)
@@ -135,26 +137,20 @@ class CeleryAdapter(BackendAdapter):
                 # The first by itself: it brings a connection back that went stale meanwhile.
                 results.append(self._send(producer, *batch[0]))
                 together = TOGETHER if _pipelines(producer) else 1
-                declared = {batch[0][1]["task_id"]}
                 while len(results) < len(batch):
-                    self._send_together(producer, batch[len(results) :][:together], results, declared)
+                    self._send_together(producer, batch[len(results) :][:together], results)
         except Exception as exc:
             # The broker is out: trying each of the others would take its retries again.
             results.extend(self._submit_error(exc) for _ in range(len(batch) - len(results)))
         return results
 
-    def _send_together(
-        self, producer: Any, batch: Sequence[tuple[bytes, Frame]], results: list[Any], declared: set[str]
-    ) -> None:
+    def _send_together(self, producer: Any, batch: Sequence[tuple[bytes, Frame]], results: list[Any]) -> None:
         """Send tasks in one round trip, and note what became of them; of none it is known before the end."""
         if len(batch) == 1:
             results.append(self._send(producer, *batch[0]))
             return
-        sent: list[Any] = []
         with producer.batch():
-            for payload, frame in batch:
-                sent.append(self._send(producer, payload, frame, prompt=frame["task_id"] in declared))
-                declared.add(frame["task_id"])
+            sent = [self._send(producer, *item, prompt=self._one_queue) for item in batch]
         results.extend(sent)
 
     def _send(self, producer: Any, payload: bytes, frame: Frame, *, prompt: bool = False) -> Any:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from wove.frames import Frame
 
 #: The job function, by name: the submitter need not import the worker side.
-JOB_FUNCTION = "wove.worker.rq.run"
-STOPPED_FUNCTION = "wove.worker.rq.on_stopped"
+WORKER_MODULE = "wove.worker.rq"
+JOB_FUNCTION = f"{WORKER_MODULE}.run"
+STOPPED_FUNCTION = f"{WORKER_MODULE}.on_stopped"
 #: Seconds that a failed job can be looked at in RQ before it is gone; RQ's default is a year.
 FAILURE_TTL = 300
 #: Seconds that a client made here waits for Redis before a submission fails.
@@ -31,11 +32,11 @@ REDIS_TIMEOUT = 5.0
 WEBHOOK_TIMEOUT = 4
 
 
-class _JobFunction:
-    """Unpickled, it is the job function: an RQ worker reads a job's ``meta`` before it forks, and has imported Wove then."""
+class _Imported:
+    """Unpickled, it is the name of a module that is imported then: RQ's workers read a job's ``meta`` before they fork."""
 
     def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
-        return pkgutil.resolve_name, (JOB_FUNCTION,)
+        return pkgutil.resolve_name, (f"{WORKER_MODULE}:__name__",)
 
 
 _DELETE_QUEUED = """
@@ -107,8 +108,9 @@ class RqAdapter(BackendAdapter):
         if not isinstance(queue, Queue):
             raise ConfigurationError(f'executor_config["queue"] is an rq.Queue, not {type(queue).__name__}')
         self._binary = _carries_bytes(queue.serializer)
-        # Others than pickles could not carry it.
-        self._meta = {"wove": _JobFunction()} if queue.serializer is DefaultSerializer else {}
+        # Only pickles carry it, and what users have in a job's meta stays readable where Wove is not installed.
+        if queue.serializer is DefaultSerializer:
+            self._options.setdefault("meta", {"wove": _Imported()})
         return queue
 
     async def submit(self, payload: bytes, frame: Frame) -> str:
@@ -228,7 +230,6 @@ class RqAdapter(BackendAdapter):
             # Nothing is left behind: no result, and a failed job only for a while.
             "result_ttl": 0,
             "failure_ttl": FAILURE_TTL,
-            "meta": self._meta,
             # What the worker's log and `rq info` show.
             "description": f"{frame['task_id']}{summarize_call(frame)}",
         }
@@ -255,8 +256,6 @@ class RqAdapter(BackendAdapter):
         options = dict(self._options)
         if "job_timeout" in options:  # `enqueue` and `prepare_data` name it differently
             settings["timeout"] = options.pop("job_timeout")
-        if options.get("meta"):
-            options["meta"] = {**self._meta, **options["meta"]}
         return self._queue.prepare_data(function, **{**settings, **options})
 
     async def cancel(self, run_id: str, submission: Any, frame: Frame) -> bool:

@@ -33,7 +33,11 @@ class DaemonPool:
         self._closed = False
 
     def submit(self, func: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Run ``func(*args)`` in a thread; cancelling the future keeps a queued call from starting."""
+        """Run ``func(*args)`` in a thread; cancelling the future keeps a queued call from starting.
+
+        Raises:
+            RuntimeError: the pool is closed, or the system starts no thread for it.
+        """
         future: Future[Any] = Future()
         with self._lock:
             if self._closed:
@@ -45,7 +49,15 @@ class DaemonPool:
                 return future
             self._threads += 1
             number = self._threads
-        threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True).start()
+        except RuntimeError:
+            with self._lock:
+                self._threads -= 1
+                nobody = not self._threads
+            if nobody:
+                future.cancel()  # nor is it run when there is a thread again
+                raise
         return future
 
     @property

@@ -25,7 +25,6 @@ from wove_tests.chaos.vitals import own_time
 from wove_tests.fleets import FLEETS, fleet_params
 from wove_tests.waiting import until, until_exists
 
-import wove.worker.rq
 from wove import ConfigurationError, ExecutorRuntime, MissingDispatchFeatureError, SubmitError, frames
 from wove.adapters import celery as celery_adapter
 from wove.adapters import rq as rq_adapter
@@ -440,9 +439,7 @@ class TestMessages:
         assert list(job.args) == [b"\x00payload" if serializer is None else "AHBheWxvYWQ="]
         assert (job.result_ttl, job.failure_ttl) == (0, rq_adapter.FAILURE_TTL)
         assert (job.timeout, job.ttl) == (22, 22)
-        # Whoever reads that, as an RQ worker does before it forks, has the worker side imported.
-        imported = {"wove": wove.worker.rq.run} if serializer is None else {}
-        assert job.meta == {"team": "shop", **imported}
+        assert job.meta == {"team": "shop"}
         assert job.webhooks[0].headers == {"Authorization": "Bearer t0ken"}
 
     async def test_rq_without_a_deadline(self, fleets: Fleets, broker: Redis) -> None:

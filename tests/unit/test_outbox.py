@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import pytest
+from wove_tests.clock import Clock
+
 from wove import frames
 from wove.errors import SubmitError
+from wove.executors import sending
 from wove.executors.batching import Batching
-from wove.executors.outbox import Outbox
+from wove.executors.outbox import MAX_TOGETHER, Outbox
 from wove.executors.packing import Parcel, Terms, Waiting
 from wove.executors.sending import AT_ONCE, HandOver
 from wove.keyring import SecretRing
@@ -275,21 +281,99 @@ async def test_many_runs_begin_to_leave_before_the_loop_has_its_next_turn() -> N
 
 
 class Refuses(Backend):
-    """A backend that does not answer."""
+    """A backend that takes some tasks only, and says so at once or later."""
+
+    def __init__(self, clock: Clock, seconds: float, but: str = "") -> None:
+        super().__init__()
+        self.clock = clock
+        self.seconds = seconds
+        self.but = but
+        self.calls: list[int] = []
 
     def submit_blocking(self, batch: Sequence[tuple[bytes, frames.Frame]]) -> list[Any]:
-        self.taken.extend(frame for _, frame in batch)
-        return [SubmitError("no answer", maybe_accepted=True) for _ in batch]
+        self.calls.append(len(batch))
+        self.clock.advance(self.seconds)
+        return [self.answer(frame["run_id"]) for _, frame in batch]
+
+    def answer(self, run_id: str) -> Any:
+        refusal = SubmitError("no answer", maybe_accepted=True, submission=run_id)
+        return run_id if run_id == self.but else refusal
 
 
-async def test_a_backend_that_does_not_answer_is_tried_once_for_all_that_leave_together() -> None:
-    backend = Refuses()
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(sending.time, "monotonic", clock)
+    return clock
+
+
+async def test_a_backend_that_does_not_answer_is_tried_once_for_all_that_leave_together(clock: Clock) -> None:
+    backend = Refuses(clock, seconds=sending.OUTAGE_AFTER + 1)
     outbox = make(Listener(), Channel(), backend)
     waiting = [on_the_way(outbox, frame["run_id"]) for frame in many(3 * AT_ONCE)]
     parcels = outbox._sender._send(HandOver(waiting, []))
-    assert len(backend.taken) == AT_ONCE
+    assert backend.calls == [AT_ONCE]
     assert [str(parcel.result) for parcel in parcels] == ["no answer"] * (3 * AT_ONCE)
     assert len({id(parcel.result) for parcel in parcels}) == 3 * AT_ONCE
+    # Nobody takes the backend's name for one run to be that of another.
+    known_by = {parcel.frame["run_id"]: parcel.result.submission for parcel in parcels}
+    assert {run_id for run_id, name in known_by.items() if name not in (run_id, None)} == set()
+    outbox.stop()
+
+
+async def test_one_that_refuses_at_once_may_take_what_comes_after_all_the_same(clock: Clock) -> None:
+    waiting = [frame["run_id"] for frame in many(4 * AT_ONCE)]
+    backend = Refuses(clock, seconds=0.1, but=waiting[-1])
+    outbox = make(Listener(), Channel(), backend)
+    parcels = outbox._sender._send(HandOver([on_the_way(outbox, run_id) for run_id in waiting], []))
+    assert backend.calls == [AT_ONCE, 3 * AT_ONCE]
+    assert [parcel.result for parcel in parcels if not isinstance(parcel.result, SubmitError)] == [
+        waiting[-1]
+    ]
+    outbox.stop()
+
+
+async def test_where_the_system_has_no_thread_left_everybody_hears_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = Backend()
+    outbox = make(Listener(), Channel(), backend)
+    heard: list[Any] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for frame in many(AT_ONCE + 5):
+            outbox.post(frame, heard.append)
+    while len(heard) < AT_ONCE:
+        await asyncio.sleep(0)
+    assert {str(refusal) for refusal in heard[:AT_ONCE]} == {
+        "nothing can be submitted: can't start new thread"
+    }
+    while len(heard) < AT_ONCE + 5:
+        await asyncio.sleep(0)
+    # Those that came later leave by a thread that could be started; the others are not run after all.
+    assert heard[AT_ONCE:] == [None] * 5
+    assert len(backend.taken) == 5
+    outbox.stop()
+
+
+async def test_more_than_are_handed_over_together_leave_one_after_the_other() -> None:
+    outbox = make(Listener(), Channel(), Backend())
+    outbox._last = HandOver([], [])
+    outbox._last.packed = Future()
+    heard: list[Any] = []
+    posted = many(MAX_TOGETHER + AT_ONCE)
+    for frame in posted[:-1]:
+        outbox.post(frame, heard.append)
+    outbox._last.packed.set_result([])
+    outbox.post(posted[-1], heard.append)
+    assert [len(under_way.alone) for under_way in outbox._begun] == [MAX_TOGETHER]
+    while len(heard) < len(posted):
+        await asyncio.sleep(0)
+    assert heard == [None] * len(posted)
     outbox.stop()
 
 

@@ -55,6 +55,8 @@ PROBE_SECONDS = 5.0
 #: Seconds that a running task gets to listen to a cancellation before its process is ended, where that is configured:
 #: it may hear of it only by its first beat, a second after it has begun.
 ESCALATE_AFTER = 2.0
+#: Seconds in which a worker that has begun a run without asking says so.
+BEGINS_WITHIN = 3.0
 #: Seconds between two looks whether it has.
 LOOK_EVERY = 0.05
 #: Seconds that stopping waits for workers that were told to stop.
@@ -357,10 +359,13 @@ class BackendAdapterEnvironmentExecutor(EnvironmentExecutor):
     ) -> None:
         """End the process of a task that has not ended by itself, once it has begun."""
         run_id, pause = frame["run_id"], LOOK_EVERY
-        # A worker may have begun it this moment, and say so in the next.
+        # A worker may have begun it this moment, and say so in the next. Who comes later asks, and is refused.
+        late_until = time.monotonic() + BEGINS_WITHIN
         while lease.find(run_id) is not None and not lease.has_started(run_id):
+            if time.monotonic() >= late_until:
+                return
             await asyncio.sleep(pause)
-            pause = min(1.0, 1.5 * pause)
+            pause *= 1.5
         give_up = time.monotonic() + ESCALATE_AFTER
         while lease.find(run_id) is not None:
             if time.monotonic() >= give_up:

@@ -162,12 +162,14 @@ class FrameChannel:
     def _drain(self) -> None:
         with self._lock:
             self._woken = False
-        for _ in range(EVENTS_PER_TURN):
-            if not self._frames or self._taker is None:
-                return
-            self._taker(self._frames.popleft())
-        if self._frames:
-            self._loop.call_soon(self._drain)
+        try:
+            for _ in range(EVENTS_PER_TURN):
+                if not self._frames or self._taker is None:
+                    return
+                self._taker(self._frames.popleft())
+        finally:
+            if self._frames and self._taker is not None:  # also when one of them raised
+                self._loop.call_soon(self._drain)
 
     async def get(self) -> Frame:
         """Return the next frame, waiting for it. One reader at a time."""

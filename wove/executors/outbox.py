@@ -111,8 +111,7 @@ class Outbox:
         idle = self._last is None or self._last.over
         if len(self._waiting) >= AT_ONCE and idle and self._sender.begins_early and not self._stopped:
             self._forget_recalled()
-            waiting, self._waiting = self._waiting, []
-            self._begin(waiting, [])
+            self._begin(self._draw_alone(), [])
 
     def _start_flushing(self) -> None:
         if (self._flushing is None or self._flushing.done()) and not self._stopped:
@@ -227,9 +226,11 @@ class Outbox:
             except Exception as exc:
                 parcels = [refused(waiting, copy_of(exc)) for waiting in under_way.everybody]
             except BaseException:
-                for given_up in (under_way, *self._begun):
-                    given_up.abandoned = True
-                    for waiting in given_up.everybody:
+                given_up = [under_way, *self._begun]
+                self._begun.clear()
+                for abandoned in given_up:
+                    abandoned.abandoned = True
+                    for waiting in abandoned.everybody:
                         self._settle(refused(waiting, SubmitError(_STOPPED)))
                 raise
             for parcel in parcels:
@@ -239,12 +240,16 @@ class Outbox:
 
     def _begin_next(self) -> HandOver | None:
         self._forget_recalled()
-        alone, self._waiting = self._waiting[:MAX_TOGETHER], self._waiting[MAX_TOGETHER:]
+        alone = self._draw_alone()
         together = self._draw()
         if not alone and not together:
             return None
         self._begin(alone, together)
         return self._begun.popleft()
+
+    def _draw_alone(self) -> list[Waiting]:
+        drawn, self._waiting = self._waiting[:MAX_TOGETHER], self._waiting[MAX_TOGETHER:]
+        return drawn
 
     def _begin(self, alone: list[Waiting], together: list[list[Waiting]]) -> None:
         self._last = self._sender.begin(alone, together)

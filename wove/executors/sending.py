@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
+from concurrent.futures import Future
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +17,6 @@ from wove.threads import DaemonPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from concurrent.futures import Future
 
     from wove.executors.lane import Lane
     from wove.executors.packing import Listener
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 SUBMIT_SECONDS = 30.0
 #: Runs that are encoded before the first of them are handed over: workers do not wait for the last one's arguments.
 AT_ONCE = 32
+#: Seconds after which a backend that refuses all that it is handed counts as out for what is to leave with it: trying
+#: the rest would take as long again. One that refuses sooner is tried once more.
+OUTAGE_AFTER = 3.0
 #: Threads for encoding and handing over: one that hangs does not stop the others.
 SENDERS = 4
 
@@ -116,7 +121,11 @@ class Sender:
         under_way = HandOver(alone, together)
         for waiting in under_way.everybody:
             waiting.drawn = True
-        under_way.packed = self._threads.submit(self._send, under_way)
+        try:
+            under_way.packed = self._threads.submit(self._send, under_way)
+        except RuntimeError as exc:  # the system has no thread left
+            under_way.packed = Future()
+            under_way.packed.set_exception(SubmitError(f"nothing can be submitted: {exc}"))
         return under_way
 
     async def finish(self, under_way: HandOver) -> list[Parcel]:
@@ -155,12 +164,13 @@ class Sender:
         """Encode and sign what leaves together; hand it over where the adapter's client blocks anyway."""
         parcels: list[Parcel] = []
         ready: list[Parcel] = []
-        runs = 0
+        runs, at_once = 0, float(AT_ONCE)
         outage: SubmitError | None = None
         for parcel in self._packed(under_way):
             parcels.append(parcel)
             if parcel.result is None and outage is not None:
-                parcel.result = copy_of(outage)
+                parcel.result = SubmitError(str(outage), maybe_accepted=True)
+                parcel.result.__cause__ = outage.__cause__
             if parcel.result is not None or under_way.abandoned:
                 continue
             self._open(parcel)
@@ -168,9 +178,14 @@ class Sender:
                 continue
             ready.append(parcel)
             runs += len(parcel.members)
-            if runs >= AT_ONCE:
-                outage = self._submit(ready, under_way)
+            if runs >= at_once:
+                begun = time.monotonic()
+                refusal = self._submit(ready, under_way)
                 ready, runs = [], 0
+                if refusal is not None:
+                    # All that is left in one go: it may be refused for other reasons, or not at all.
+                    at_once = math.inf
+                    outage = refusal if time.monotonic() - begun > OUTAGE_AFTER else None
         self._submit(ready, under_way)
         return parcels
 
@@ -202,7 +217,7 @@ class Sender:
                     self._lease.cancel_run(waiting.frame["run_id"])
 
     def _submit(self, parcels: list[Parcel], under_way: HandOver) -> SubmitError | None:
-        """Hand payloads over; return what refused all of them, if the backend does not answer."""
+        """Hand payloads over; return what refused the last of them, if each of them was."""
         ready = _ready(parcels)
         if not ready or under_way.abandoned:
             return None
@@ -216,9 +231,8 @@ class Sender:
             results = [copy_of(error) for _ in ready]
         _note(ready, results)
         last = results[-1]
-        # Trying the others would take as long again.
-        lost = all(isinstance(result, SubmitError) and result.maybe_accepted for result in results)
-        return last if lost and isinstance(last, SubmitError) else None
+        all_refused = all(isinstance(result, SubmitError) for result in results)
+        return last if all_refused and isinstance(last, SubmitError) else None
 
     def _described(self, parcels: list[Parcel]) -> list[tuple[bytes, Frame]]:
         return [
