@@ -22,6 +22,8 @@ _STATES = {
 }
 
 
+#: Said of a worker that does not find Wove's job function.
+WITHOUT_WOVE = "Wove is not installed where the worker runs"
 #: Bytes of a failed job's traceback that are read at most.
 MAX_REASON = 64 * 1024
 
@@ -68,7 +70,10 @@ def reasons(connection: Any, jobs: list[str]) -> dict[str, str]:
 def _last_line(packed: bytes | str) -> str:
     text = zlib.decompressobj().decompress(base64.b64decode(packed), MAX_REASON) if packed else b""
     lines = text.decode("utf-8", "replace").strip().splitlines()
-    return cut(lines[-1].strip(), 500) if lines else ""
+    last = cut(lines[-1].strip(), 500) if lines else ""
+    if "Invalid attribute name: wove." in last or "No module named 'wove" in last:
+        last += f'; {WITHOUT_WOVE}: pip install "wove[worker]" there'
+    return last
 
 
 def living(connection: Any, workers: set[str]) -> dict[str, bool]:

@@ -12,6 +12,7 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from wove.adapters.rq_states import WITHOUT_WOVE
 from wove.errors import ConfigurationError, PayloadRejectedError, WorkerLostError, WoveError
 from wove.runtime import ExecutorRuntime
 from wove.security import cookie_path, find_secrets, is_cookie, scrub
@@ -80,12 +81,16 @@ def _workers(executor: str, config: Mapping[str, Any]) -> Iterator[Finding]:
         yield from look(config)
     except ConfigurationError as exc:
         yield Finding("problem", str(exc), "run it in the project's folder, or set PYTHONPATH to it")
+    except ModuleNotFoundError as exc:
+        yield Finding(
+            "problem", f"{executor} is not installed here: {exc}", f'pip install "wove[{executor}]"'
+        )
     except Exception as exc:
         where = scrub(str(config.get("broker_url") or config.get("redis_url") or config.get("app")))
         yield Finding(
             "problem",
             f"the broker {where} does not answer: {type(exc).__name__}: {scrub(str(exc))}",
-            "start it, or correct the URL",
+            "start it, or correct the URL: one reads redis://:password@host:6379/0 or amqp://user:password@host:5672//",
         )
 
 
@@ -212,6 +217,8 @@ def _trial(executor: str, config: Mapping[str, Any], timeout: float) -> Iterator
         )
     except WorkerLostError as exc:
         mend = _ONE_FOR_BOTH if PayloadRejectedError.__name__ in str(exc) else "the worker's log says why"
+        if WITHOUT_WOVE in str(exc):
+            mend = 'pip install "wove[worker]" where the worker runs, and start it again'
         yield Finding("problem", f"a trial call was lost: {exc}", mend)
     except Exception as exc:
         yield Finding("problem", f"a trial call failed: {type(exc).__name__}: {scrub(str(exc))}")

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 #: What keeps a worker from speaking of a run that its backend has accepted.
 WHY_SILENT = (
-    "no free worker on that queue, one with another WOVE_SECRET, or one that cannot reach the callback URL; "
-    "`wove doctor` tells which"
+    "no free worker on that queue, one that was started without Wove (celery worker -I wove.worker.celery), one with "
+    "another WOVE_SECRET, or one that cannot reach the callback URL; `wove doctor`, given the broker's URL, tells which"
 )
 
 

@@ -87,3 +87,34 @@ def test_usage_errors_have_their_own_exit_code() -> None:
     result = subprocess.run([sys.executable, "-m", "wove.cli", "doctor"], capture_output=True, text=True)
     assert result.returncode == 2
     assert "--broker-url" in result.stderr
+
+
+def without(library: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of Wove's where a library is not installed."""
+    program = f"import sys; sys.modules[{library!r}] = None; from wove.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    ("library", "option", "executor"), [("celery", "--broker-url", "celery"), ("rq", "--redis-url", "rq")]
+)
+def test_a_library_that_is_missing_is_no_broker_that_is_down(
+    library: str, option: str, executor: str
+) -> None:
+    done = without(library, "doctor", "--json", option, f"redis://127.0.0.1:{free_port()}/0")
+    assert done.returncode == 1, done.stderr
+    found = problem(json.loads(done.stdout))
+    assert f"{executor} is not installed here" in found["text"]
+    assert found["mend"] == f'pip install "wove[{executor}]"'
+
+
+@pytest.mark.parametrize(
+    ("kind", "library", "extra"),
+    [("http", "aiohttp", "dispatch"), ("websocket", "aiohttp", "dispatch"), ("grpc", "grpc", "grpc")],
+)
+def test_a_service_names_the_extra_that_it_needs(kind: str, library: str, extra: str) -> None:
+    done = without(library, "worker", kind, "--port", "0", "--processes", "0")
+    assert done.returncode == 2
+    assert done.stderr == f'wove worker {kind} needs {library}: pip install "wove[{extra}]"\n'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from wove.errors import ConfigurationError, MissingDispatchFeatureError
@@ -224,6 +225,8 @@ def explain(exc: BaseException, timeout: float) -> str:
     """Say in plain words why a request failed."""
     if isinstance(exc, TimeoutError):
         return f'nothing came from it for {timeout:g} s (executor_config["timeout"])'
+    if isinstance(exc, OSError) and exc.errno == errno.ECONNREFUSED:
+        return "nobody listens there: is `wove worker` running?"
     return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from wove.worker.allowed import AllowList
 
+#: What brings the libraries that a service needs.
+_EXTRAS = {"aiohttp": "dispatch", "msgpack": "dispatch", "cloudpickle": "dispatch", "grpc": "grpc"}
+
 
 def at_least(least: int) -> Callable[[str], int]:
     """Return a reader of whole numbers from ``least``."""
@@ -147,6 +150,12 @@ def run_service(arguments: argparse.Namespace) -> int:
         asyncio.run(_serve(arguments))
     except WoveError as exc:
         print(f"wove worker {arguments.kind}: {exc}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as exc:
+        extra = _EXTRAS.get(exc.name or "")
+        if extra is None:
+            raise
+        print(f'wove worker {arguments.kind} needs {exc.name}: pip install "wove[{extra}]"', file=sys.stderr)
         return 2
     return 0
 
