@@ -253,7 +253,7 @@ def summarize_call(frame: Frame) -> str:
     Values may be secrets, and may be large.
     """
     if "runs" in frame:
-        return f"[{frame['runs']} runs]"
+        return f"[{frame['runs']} run{'s' if frame['runs'] > 1 else ''}]"
     parts = [f"<{type(value).__name__}>" for value in frame.get("positional", ())]
     parts += [f"{name}=<{type(value).__name__}>" for name, value in frame["args"].items()]
     return f"({', '.join(parts)})"[:300]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import platform
+import socket
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from wove.adapters.rq_states import WITHOUT_WOVE
 from wove.errors import ConfigurationError, PayloadRejectedError, WorkerLostError, WoveError
@@ -50,6 +52,7 @@ def examine(executor: str, config: Mapping[str, Any], timeout: float) -> Iterato
     steps: tuple[Callable[[], Iterator[Finding]], ...] = (
         lambda: _secret(config),
         lambda: _workers(executor, config),
+        lambda: _callback_host(config),
         lambda: _trial(executor, config, timeout),
     )
     for step in steps:
@@ -199,6 +202,25 @@ def _rq_workers(config: Mapping[str, Any]) -> Iterator[Finding]:
         waiting = len(queue)
         yield Finding(
             "ok", f"{len(listening)} worker(s) on the queue {name!r}, {idle} idle; {waiting} jobs wait"
+        )
+
+
+# --- the way back -------------------------------------------------------------
+
+
+def _callback_host(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Say so where the host that workers are to call has no address here; it may have one where they are."""
+    url = str(config.get("callback_url") or "")
+    host = urlsplit(url.replace("{hostname}", socket.gethostname()).replace("{port}", "1")).hostname
+    if not host:
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as exc:
+        yield Finding(
+            "unknown",
+            f"callback URL: {host} has no address here ({exc}), and workers call {url}",
+            "name a host that they find, in callback_url",
         )
 
 
