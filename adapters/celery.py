@@ -80,7 +80,8 @@ class CeleryAdapter(BackendAdapter):
         self._options = dict(options)
         if config.get("queue") is not None:
             self._options["queue"] = config["queue"]
-        self._app = await self.blocking(self._find_app)
+        # It blocks while it imports, here in the adapter's own thread: nothing else is to be done in it yet.
+        self._app = self._find_app()
 
     def _find_app(self) -> Any:
         # Celery's package loads its parts on first use, and not safely from several threads.
