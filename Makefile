@@ -60,7 +60,7 @@ fuzz: $(VENV)/.test ## made-up bytes for every decoder and the listener, for min
 	  $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
 
 # BENCH_ARGS="--only celery --rounds 9" make bench
-bench: $(VENV)/.test ## Wove beside raw Celery, raw RQ and Wove 2.0.3: 8 minutes, writes benchmarks/RESULTS.md and the plot
+bench: $(VENV)/.test ## Wove beside raw Celery, raw RQ and Wove 2.0.3: some ten minutes, writes benchmarks/RESULTS.md and the plot
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
 
 bench-quick: $(VENV)/.test ## the same with fewer calls, under two minutes; writes into build/bench
